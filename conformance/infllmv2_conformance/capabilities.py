@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from infllmv2_reference import SparseConfig
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-Validates = Literal["shapes", "dtypes", "devices", "cu_seqlens", "config"]
-VALIDATES = ("shapes", "dtypes", "devices", "cu_seqlens", "config")
+VALIDATES = ("shapes", "dtypes", "devices", "cu_seqlens", "selected", "config")
+"""Kinds of bad input. "cu_seqlens" and "selected" mean values, which live on the device."""
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ class Implementation(Protocol):
     """List every function that an implementation may offer; each one is optional.
 
     All arguments are passed by keyword, with the names given here. `cu_seqlens_*` are int32
-    `[batch + 1]` on the device of the tensors; `max_seqlen_*` are host integers, at least the longest
-    sequence. Sequence i has `T_i` queries at the last positions of its `S_i >= T_i` keys; empty
-    sequences and `T_i = 0` are legal. Inputs are not modified, and every element of a result that
-    the contract defines is written.
+    `[batch + 1]` on the device of the tensors; `max_seqlen_*` are host integers, at least the
+    longest sequence. Sequence i has `T_i` queries at the last positions of its `S_i >= T_i` keys;
+    empty sequences and `T_i = 0` are legal. Inputs are not modified, and every element of a result
+    that the contract defines is written.
     """
 
     capabilities: Any
@@ -93,7 +93,7 @@ class Implementation(Protocol):
         max_seqlen_k: int,
         config: SparseConfig,
     ) -> Tensor:
-        """Pool `scores` `[HK, total_q, C]` into blocks; entries of invisible windows are arbitrary.
+        """Pool `scores` `[HK, total_q, C]`; entries of invisible windows are arbitrary.
 
         Returns:
             `[HK, total_q, N]` in the dtype of `scores`, with `N` at least the blocks of the longest
@@ -151,7 +151,7 @@ class Implementation(Protocol):
         max_seqlen_k: int,
         config: SparseConfig,
     ) -> Tensor:
-        """Compute `select_blocks(score_blocks(...))`, free among blocks that it cannot tell apart."""
+        """Compute `select_blocks(score_blocks(...))`, free among blocks it cannot tell apart."""
         ...
 
     def attend(
@@ -194,7 +194,7 @@ class Implementation(Protocol):
 
         Returns:
             `out` and `lse` as in `attend`, and the selection as in `select`, or None if
-            `capabilities` says `returns_selection=False`. Rows of dense sequences may hold anything.
+            `capabilities` says `returns_selection=False`. Rows of dense sequences hold anything.
         """
         ...
 
@@ -234,7 +234,7 @@ class Implementation(Protocol):
         max_seqlen_q: int,
         selection_q: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Attend from the last `T_i` tokens of every sequence of `cache`; returns as `attention`."""
+        """Attend from the last `T_i` tokens of every sequence; returns as `attention`."""
         ...
 
     def reset(self, *, cache: Any, lengths: list[int]) -> None:

@@ -1,0 +1,60 @@
+"""Gradients of an implementation, and what they must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from infllmv2_reference.layout import Span
+from torch import Tensor
+
+from . import bounds
+from .bounds import Bounded
+from .failure import fail
+from .trial import Trial
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def expected_gradients(trial: Trial, span: Span, selected: Tensor) -> tuple[Bounded, ...]:
+    """Return the oracle's dq, dk and dv for the output gradient of `output_gradient`."""
+    inputs = trial.inputs
+    return bounds.attend_gradients(
+        inputs.q[span.queries].cpu(),
+        inputs.k[span.keys].cpu(),
+        inputs.v[span.keys].cpu(),
+        selected,
+        output_gradient(trial)[span.queries].cpu(),
+        trial.case.block_size,
+        trial.capabilities.arithmetic,
+        trial.case.dtype,
+    )
+
+
+def output_gradient(trial: Trial) -> Tensor:
+    """Return the gradient of the output that is sent back, `[total_q, HQ, D]`."""
+    generator = torch.Generator().manual_seed(trial.case.seed + 5)
+    q = trial.inputs.q
+    return torch.randn(q.shape, generator=generator).to(q.dtype).to(q.device)
+
+
+def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradients:
+    """Call a function on leaves and send `output_gradient` back through its output."""
+    leaves = {n: given[n].detach().clone().requires_grad_() for n in ("q", "k", "v")}
+    result = trial.candidate.call(function, **(given | leaves))
+    trial.split(function, result)
+    out = result[0]
+    if not out.requires_grad:
+        fail("the output is not differentiable, although gradients are claimed")
+    try:
+        out.backward(output_gradient(trial))
+    except RuntimeError as error:
+        fail(f"the backward pass raised {type(error).__name__}: {error}")
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            fail(f"{name} got no gradient")
+    dq, dk, dv = (leaf.grad for leaf in leaves.values())
+    assert dq is not None
+    assert dk is not None
+    assert dv is not None
+    return dq, dk, dv

@@ -1,0 +1,147 @@
+"""Run one rule: draw cases, call the implementation, keep count, and dress failures."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis.strategies import SearchStrategy
+
+from .candidate import Candidate
+from .cases import Case
+from .failure import ConformanceFailure, Finding
+from .profiles import Profile
+from .trial import Trial
+
+SHRINK_SECONDS = 6.0
+
+
+@dataclass
+class Tally:
+    """Count what a rule's run did.
+
+    Args:
+        cases: cases that ran to their end or failed.
+        worst_ratio: the largest difference over its bound, None if the rule compares no numbers.
+    """
+
+    cases: int = 0
+    worst_ratio: float | None = None
+
+    def ratio(self, value: float) -> None:
+        """Note one comparison's worst difference over bound."""
+        self.worst_ratio = value if self.worst_ratio is None else max(self.worst_ratio, value)
+
+
+@dataclass
+class Runner:
+    """Run the cases of one rule against one implementation.
+
+    Args:
+        candidate: the implementation, guarded.
+        profile: how many cases, and how long.
+        device: where the tensors live.
+        seed: what the search starts from; the same seed draws the same cases.
+        rule: the id of the rule.
+        function: the contract function that a `contract.*` rule is applied to, or "".
+        only: run just this case (`infllmv2 repro`).
+        shrink: whether a failing case is made smaller before it is reported.
+    """
+
+    candidate: Candidate
+    profile: Profile
+    device: torch.device
+    seed: int
+    rule: str
+    function: str = ""
+    only: Case | None = None
+    shrink: bool = True
+    tally: Tally = field(default_factory=Tally)
+
+    def cases(
+        self,
+        strategy: SearchStrategy[Case],
+        check: Callable[[Trial], None],
+        *,
+        corners: Sequence[Case] = (),
+        weight: float = 1.0,
+    ) -> None:
+        """Apply `check` to the `corners` and to cases drawn from `strategy`.
+
+        Raises:
+            ConformanceFailure: of the smallest failing case found.
+        """
+        if self.only is not None:
+            self._one(self.only, check)
+            return
+        failed: dict[Case, float] = {}
+
+        def body(case: Case) -> None:
+            late = failed and time.monotonic() > next(iter(failed.values())) + SHRINK_SECONDS
+            if late and case not in failed:
+                return  # the time to shrink is over: keep the smallest failure known
+            try:
+                self._one(case, check)
+            except ConformanceFailure:
+                failed.setdefault(case, time.monotonic())
+                raise
+
+        test = hypothesis.given(strategy)(body)
+        for corner in reversed(corners):
+            test = hypothesis.example(corner)(test)
+        test = hypothesis.seed(self.seed ^ zlib.crc32(f"{self.rule}{self.function}".encode()))(test)
+        settings = self._settings(max(1, round(self.profile.examples * weight)))
+        try:
+            settings(test)()
+        except hypothesis.errors.FlakyFailure as flaky:
+            raise self._unstable(flaky, next(iter(failed), None)) from None
+
+    def unclaimed(self, what: str) -> NoReturn:
+        """End the rule as not claimed: the capabilities leave nothing to test."""
+        pytest.skip(f"not claimed: {what}")
+
+    def _one(self, case: Case, check: Callable[[Trial], None]) -> None:
+        self.tally.cases += 1
+        trial = Trial(case, self.candidate, self.device, self.tally.ratio, self.function)
+        try:
+            check(trial)
+        except ConformanceFailure as failure:
+            self._dress(failure, case)
+            raise
+
+    def _dress(self, failure: ConformanceFailure, case: Case) -> None:
+        failure.rule, failure.function, failure.case = self.rule, self.function, str(case)
+        failure.implementation, failure.device = self.candidate.name, str(self.device)
+
+    def _unstable(self, flaky: BaseException, case: Case | None) -> ConformanceFailure:
+        inner: Any = getattr(flaky, "exceptions", ())
+        first = next((e for e in inner if isinstance(e, ConformanceFailure)), None)
+        finding = first.finding if first else Finding("the verdict on the same case changed")
+        finding.what += " (not every time: the same call gave different results)"
+        failure = ConformanceFailure(finding)
+        if case is not None:
+            self._dress(failure, case)
+        return failure
+
+    def _settings(self, examples: int) -> hypothesis.settings:
+        phases = [Phase.explicit, Phase.generate]
+        phases += [Phase.reuse] if self.profile.database else []
+        phases += [Phase.shrink] if self.shrink else []
+        database = hypothesis.settings.default.database if self.profile.database else None
+        return hypothesis.settings(
+            max_examples=examples,
+            phases=phases,
+            database=database,
+            deadline=None,
+            print_blob=False,
+            report_multiple_bugs=False,
+            verbosity=hypothesis.Verbosity.quiet,
+            suppress_health_check=list(HealthCheck),
+        )

@@ -1,0 +1,226 @@
+"""What holds for every function, whatever it computes."""
+
+from __future__ import annotations
+
+import torch
+from infllmv2_conformance.checks import check_same_bits
+from infllmv2_conformance.failure import fail
+from infllmv2_conformance.guards import PoisonedMemory, RedZone, fingerprint
+from infllmv2_conformance.inputs import pick
+from infllmv2_conformance.invalid import invalid_calls
+from infllmv2_conformance.judges import defined
+from infllmv2_conformance.rules import rule
+from infllmv2_conformance.runner import Runner
+from infllmv2_conformance.strategies import cases, corner, shape_classes
+from infllmv2_conformance.trial import Trial
+from torch import Tensor
+
+KINDS = {
+    "compress_keys": ("windows",),
+    "score_windows": ("scores",),
+    "pool_blocks": ("block_scores",),
+    "select_blocks": ("selected",),
+    "score_blocks": ("block_scores",),
+    "select": ("selected",),
+    "attend": ("out", "lse"),
+    "attention": ("out", "lse", "selected"),
+}
+CALM = ("normal", "correlated")
+
+
+@rule("contract.inputs-unchanged")
+def test_inputs_unchanged(run: Runner) -> None:
+    """Compare every argument with a copy made before the call."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        before = {n: fingerprint(x) for n, x in given.items() if isinstance(x, Tensor)}
+        trial.candidate.call(trial.function, **given)
+        for name, value in before.items():
+            if fingerprint(given[name]) != value:
+                fail(f"the argument {name} was modified")
+
+    run.cases(cases(run), check, weight=0.3)
+
+
+@rule("contract.fully-written")
+def test_fully_written(run: Runner) -> None:
+    """Fill the memory that results are allocated in with NaN, then with plausible numbers."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        for fill in (torch.nan, 0.25):
+            with PoisonedMemory(fill, trial.device):
+                result = trial.candidate.call(trial.function, **given)
+            trial.judge(trial.function, trial.split(trial.function, result), given)
+
+    run.cases(cases(run), check, weight=0.4)
+
+
+@rule("contract.form")
+def test_form(run: Runner) -> None:
+    """Look at shapes, dtypes and devices, at the smallest and at ordinary sizes."""
+
+    def check(trial: Trial) -> None:
+        trial.run(trial.function, trial.arguments(trial.function))
+
+    claims = run.candidate.capabilities
+    shapes = shape_classes(claims, run.profile.shape_classes)
+    corners = [
+        corner(claims, shape, (1, 1), dtype=dtype)
+        for shape in shapes[:2]
+        for dtype in claims.dtypes
+    ]
+    run.cases(cases(run), check, corners=corners, weight=0.3)
+
+
+@rule("contract.red-zones")
+def test_red_zones(run: Runner) -> None:
+    """Surround every tensor with NaN: reads behind an end show, and writes are seen."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        zones = {n: RedZone(x) for n, x in given.items() if isinstance(x, Tensor)}
+        given |= {n: zone.tensor for n, zone in zones.items()}
+        trial.check(trial.function, given)
+        for name, zone in zones.items():
+            if not zone.intact():
+                fail(f"memory next to the argument {name} was overwritten")
+
+    run.cases(cases(run), check, weight=0.4)
+
+
+@rule("contract.strided")
+def test_strided(run: Runner) -> None:
+    """Pass views with other strides: a slice of a fused projection, a transposed layout."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        for index, name in enumerate(("q", "k", "v", "k_c1", "scores", "block_scores")):
+            if name not in given:
+                continue
+            x = given[name]
+            if (trial.case.choice + index) % 2:
+                view = x.transpose(0, 1).contiguous().transpose(0, 1)
+            else:
+                view = torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
+            given[name] = view
+        trial.check(trial.function, given)
+
+    run.cases(cases(run, regimes=CALM), check, weight=0.4)
+
+
+@rule("contract.empty")
+def test_empty(run: Runner) -> None:
+    """Pass batches of no sequences, and of sequences without queries or without keys."""
+    claims = run.candidate.capabilities
+    shapes = shape_classes(claims, run.profile.shape_classes)
+    batches = [(), ((0, 0),), ((0, 5),), ((0, 0), (3, 70), (0, 0)), ((2, 2), (0, 40), (1, 1))]
+    if not claims.packed:
+        batches = [b for b in batches if len(b) == 1]
+    if not claims.history:
+        batches = [tuple((t and s, t and s) for t, s in b) for b in batches]
+    corners = [corner(claims, shape, *batch) for shape in shapes[:1] for batch in batches]
+    run.cases(cases(run, max_keys=1), lambda t: t.check(t.function), corners=corners, weight=0.1)
+
+
+@rule("contract.repeatable")
+def test_repeatable(run: Runner) -> None:
+    """Call three times and compare the bits."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        first = trial.run(trial.function, given)
+        for _ in range(2):
+            again = trial.run(trial.function, given)
+            _same(trial, "the same call gave other bits", again, first)
+
+    run.cases(cases(run, regimes=CALM), check, weight=0.3)
+
+
+@rule("contract.fresh-data")
+def test_fresh_data(run: Runner) -> None:
+    """Overwrite the tensors in place and call again: the result must follow the data."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+        trial.run(trial.function, given)
+        other = trial.on(trial.case.sequences, trial.inputs)
+        other.__dict__.pop("inputs")
+        other.case = trial.case.with_(seed=trial.case.seed + 1)
+        for name, x in other.arguments(trial.function).items():
+            if isinstance(x, Tensor):
+                given[name].copy_(x)
+        other.check(trial.function, given)
+
+    run.cases(cases(run, regimes=CALM), check, weight=0.4)
+
+
+@rule("contract.batch-invariant")
+def test_batch_invariant(run: Runner) -> None:
+    """Compute every sequence alone and compare the bits with those of the batch."""
+
+    def check(trial: Trial) -> None:
+        together = trial.run(trial.function, trial.arguments(trial.function))
+        for span, piece in zip(trial.oracle.spans, together, strict=True):
+            inputs = pick(trial.inputs, [(span.queries, span.keys)])
+            alone = trial.on([(span.num_queries, span.num_keys)], inputs)
+            pieces = alone.run(trial.function, alone.arguments(trial.function))
+            what = "a row's bits depend on its batch"
+            _same(alone, what, [piece], pieces)
+
+    run.cases(cases(run, min_sequences=2, regimes=CALM), check, weight=0.3)
+
+
+@rule("contract.bad-input")
+def test_bad_input(run: Runner) -> None:
+    """Break one argument at a time; the error must be a ValueError or TypeError that names it."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(trial.function)
+        for wrong in invalid_calls(trial.function, given, trial.capabilities):
+            try:
+                trial.candidate.call_unguarded(trial.function, **(given | wrong.changes))
+            except (ValueError, TypeError) as error:
+                if not any(name in str(error) for name in wrong.names):
+                    fail(
+                        f"the error about {wrong.what} does not name the argument",
+                        expected=f"a message with one of {list(wrong.names)}",
+                        actual=f"{type(error).__name__}: {error}",
+                    )
+            except Exception as error:
+                fail(
+                    f"{wrong.what} raised the wrong kind of error",
+                    expected="ValueError or TypeError",
+                    actual=f"{type(error).__name__}: {error}",
+                )
+            else:
+                fail(f"{wrong.what} was accepted", expected="ValueError or TypeError")
+
+    claims = run.candidate.capabilities
+    shape = shape_classes(claims, run.profile.shape_classes)[0]
+    lengths = (24, 40) if claims.history else (40, 40)
+    batch = (lengths, (9, 9)) if claims.packed else (lengths,)
+    first = corner(claims, shape, *batch, kv_heads=2)
+    run.cases(cases(run, min_keys=2, max_keys=60), check, corners=[first], weight=0.1)
+
+
+def _same(
+    trial: Trial,
+    what: str,
+    actual: list[tuple[Tensor | None, ...]],
+    expected: list[tuple[Tensor | None, ...]],
+) -> None:
+    """Compare the bits of everything that the contract defines."""
+    trial.judge(trial.function, actual, trial.arguments(trial.function))
+    for span, ours, theirs in zip(trial.oracle.spans, actual, expected, strict=True):
+        for kind, a, b in zip(KINDS[trial.function], ours, theirs, strict=False):
+            if a is None or b is None:
+                continue
+            if kind == "selected":
+                if not torch.equal(a, b):
+                    fail(f"{what}: the selection", where={"sequence": span.sequence})
+            else:
+                mask = defined(trial.function, span, trial.case.config)
+                check_same_bits(what, a, b, span, kind, mask)

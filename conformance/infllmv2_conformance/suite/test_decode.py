@@ -1,0 +1,130 @@
+"""Stage 7: a cache that grows token by token gives what one prefill gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from hypothesis import strategies as st
+from infllmv2_conformance.cases import Case
+from infllmv2_conformance.programs import Machine, parse_steps, programs, write_steps
+from infllmv2_conformance.rules import rule
+from infllmv2_conformance.runner import Runner
+from infllmv2_conformance.strategies import cases
+from infllmv2_conformance.trial import Trial
+
+REGIMES = ("normal", "peaked", "integers", "needles", "correlated")
+
+
+@rule("decode.one-token")
+def test_one_token(run: Runner) -> None:
+    """Append a prompt, then append and decode one token at a time."""
+
+    def program(case: Case) -> str:
+        num_keys = case.sequences[0][1]
+        last = min(num_keys, 3 * case.kernel_stride + 2)
+        return write_steps([("a", (num_keys - last,)), *[("a", (1,)), ("d", (1,))] * last])
+
+    _run(run, program, batch=1)
+
+
+@rule("decode.several-tokens")
+def test_several_tokens(run: Runner) -> None:
+    """Append and decode several tokens at a time: more than complete one window."""
+
+    def program(case: Case) -> str:
+        size = 2 + case.choice % (3 * case.kernel_stride)
+        chunks = min(case.sequences[0][1] // size, 6)
+        return write_steps([("a", (size,)), ("d", (size,))] * chunks)
+
+    _run(run, program, batch=1)
+
+
+@rule("decode.ragged")
+def test_ragged(run: Runner) -> None:
+    """Let the sequences of a batch advance by 0, 1 and several tokens."""
+
+    def program(case: Case) -> str:
+        first = tuple(s // (2 + i) for i, (_, s) in enumerate(case.sequences))
+        steps = [("a", first), ("d", (1, 0)), ("a", (0, 1, 5)), ("d", (0, 1, 3))]
+        return write_steps([*steps, ("a", (3, 0, 1)), ("d", (2, 1, 1))])
+
+    _run(run, program, batch=3)
+
+
+@rule("decode.switch")
+def test_switch(run: Runner) -> None:
+    """Cross dense_len while decoding."""
+
+    def program(case: Case) -> str:
+        return write_steps([("a", (max(case.dense_len - 3, 0),)), *[("a", (1,)), ("d", (1,))] * 6])
+
+    def change(case: Case) -> Case:
+        return case.with_(dense_len=max(case.sequences[0][1] - 3, 0))
+
+    _run(run, program, batch=1, change=change)
+
+
+@rule("decode.windows")
+def test_windows(run: Runner) -> None:
+    """Look into the cache after every append."""
+
+    def check(trial: Trial) -> None:
+        machine = Machine(trial)
+        machine.check_windows()
+        for step in parse_steps(trial.case.steps):
+            machine.run([step])
+            machine.check_windows()
+
+    drawn = cases(run, prefill=True, max_keys=200, min_sequences=1, min_keys=1, regimes=REGIMES)
+    run.cases(_with_steps(drawn, "a"), check, weight=0.7)
+
+
+@rule("decode.state-machine")
+def test_state_machine(run: Runner) -> None:
+    """Run drawn programs of appends, decodes and resets."""
+    drawn = cases(
+        run,
+        prefill=True,
+        max_keys=240,
+        min_sequences=1,
+        min_keys=1,
+        regimes=REGIMES,
+        use_nope=True,
+    )
+    run.cases(_with_steps(drawn, "aaddr"), _check, weight=1.5)
+
+
+def _check(trial: Trial) -> None:
+    Machine(trial).run(parse_steps(trial.case.steps))
+
+
+def _with_steps(drawn: st.SearchStrategy[Case], operations: str) -> st.SearchStrategy[Case]:
+    return drawn.flatmap(
+        lambda case: programs(len(case.sequences), 60, operations).map(
+            lambda steps: replace(case, steps=steps)
+        )
+    )
+
+
+def _run(
+    run: Runner,
+    program: Callable[[Case], str],
+    batch: int,
+    change: Callable[[Case], Case] = lambda case: case,
+) -> None:
+    drawn = cases(
+        run,
+        prefill=True,
+        max_keys=200,
+        min_sequences=min(batch, 2),
+        max_sequences=batch,
+        min_keys=1,
+        regimes=REGIMES,
+    )
+
+    def with_program(case: Case) -> Case:
+        case = change(case)
+        return replace(case, steps=program(case))
+
+    run.cases(drawn.map(with_program), _check, weight=0.7)

@@ -1,0 +1,124 @@
+"""Stage 4: forced blocks, then the best-scored ones. Given scores, nothing is left to choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from infllmv2_conformance.arguments import pack_rows
+from infllmv2_conformance.masks import competing_blocks, visible_blocks
+from infllmv2_conformance.neighbours import check_alone
+from infllmv2_conformance.rules import rule
+from infllmv2_conformance.runner import Runner
+from infllmv2_conformance.strategies import cases
+from infllmv2_conformance.trial import Trial
+from torch import Tensor
+
+FUNCTION = "select_blocks"
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _few_levels(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw three levels of score, so that most rows have ties at the edge of the budget."""
+    return torch.randint(0, 3, shape, generator=generator).double()
+
+
+def _zeros(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _some_missing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw scores of which about half are -inf: blocks without a visible window."""
+    scores = _random(shape, generator)
+    return scores.where(scores > 0.5, -torch.inf)
+
+
+@rule("select.exact")
+def test_exact(run: Runner) -> None:
+    """Compare with the specified selection on random scores, some of them -inf."""
+    draws = (_random, _some_missing)
+    run.cases(cases(run), lambda trial: _check(trial, draws[trial.case.choice % 2]))
+
+
+@rule("select.ties")
+def test_ties(run: Runner) -> None:
+    """Compare with the specified selection on scores that tie."""
+    draws = (_few_levels, _zeros)
+    run.cases(cases(run), lambda trial: _check(trial, draws[trial.case.choice % 2]))
+
+
+@rule("select.forced")
+def test_forced(run: Runner) -> None:
+    """Give forced blocks the worst scores, with no budget to spare and with some."""
+
+    def check(trial: Trial) -> None:
+        _check(trial, _random, at_forced=-torch.inf)
+
+    run.cases(cases(run, spare_budget=False), check, weight=0.5)
+    run.cases(cases(run), check, weight=0.3)
+
+
+@rule("select.format")
+def test_format(run: Runner) -> None:
+    """Look at short sequences, whose rows see fewer blocks than the budget."""
+    run.cases(cases(run, max_keys=160), lambda trial: _check(trial, _random), weight=0.5)
+
+
+@rule("select.no-future")
+def test_no_future(run: Runner) -> None:
+    """Give blocks behind the query's own the best scores."""
+    run.cases(cases(run), lambda trial: _check(trial, _random, at_future=1e30), weight=0.5)
+
+
+@rule("select.budget-covers-all")
+def test_budget_covers_all(run: Runner) -> None:
+    """Raise the budget to all blocks and beyond."""
+
+    def check(trial: Trial) -> None:
+        blocks = -(-trial.inputs.max_seqlen_k // trial.case.block_size)
+        topk = trial.case.topk + blocks + trial.case.choice % 3
+        wide = trial.on(trial.case.sequences, trial.inputs, topk=topk)
+        _check(wide, _random)
+
+    run.cases(cases(run), check, weight=0.5)
+
+
+@rule("select.forced-not-read")
+def test_forced_not_read(run: Runner) -> None:
+    """Put NaN and infinities at forced and future blocks."""
+    poisons = (torch.nan, torch.inf, -torch.inf)
+
+    def check(trial: Trial) -> None:
+        poison = poisons[trial.case.choice % 3]
+        _check(trial, _random, at_forced=poison, at_future=poison)
+
+    run.cases(cases(run), check, weight=0.7)
+
+
+@rule("select.packed-alone")
+def test_packed_alone(run: Runner) -> None:
+    """Overwrite the scores of all other sequences of the batch."""
+    run.cases(
+        cases(run, min_sequences=2),
+        lambda trial: check_alone(trial, FUNCTION, ("block_scores",), 1e30),
+        weight=0.5,
+    )
+
+
+def _check(
+    trial: Trial, draw: Draw, at_forced: float | None = None, at_future: float = -torch.inf
+) -> None:
+    """Judge the selection by drawn scores, overwritten at forced and at future blocks."""
+    rows: list[Tensor] = []
+    for span in trial.oracle.spans:
+        visible = visible_blocks(span, trial.case.config)
+        scores = draw((trial.case.kv_heads, *visible.shape), trial.generator)
+        if at_forced is not None:
+            scores = scores.where(competing_blocks(span, trial.case.config), at_forced)
+        rows.append(scores.where(visible, at_future))
+    packed = pack_rows(rows, trial.oracle, fill=at_future)
+    trial.check(FUNCTION, trial.arguments(FUNCTION, block_scores=packed))
