@@ -178,7 +178,7 @@ def check_certificate(
     gap = value.gather(-1, at_j[..., None]) - value.gather(-1, at_i[..., None])
     room = bound.gather(-1, at_i[..., None]) + bound.gather(-1, at_j[..., None])
     ratio = (gap / room).squeeze(-1)
-    usable = taken.any(-1) & left.any(-1) & ratio.isfinite()
+    usable = (weakest < torch.inf) & (strongest > -torch.inf) & ratio.isfinite()
     return float(ratio.where(usable, 0.0).max().clamp(min=0.0))
 
 

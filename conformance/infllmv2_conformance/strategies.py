@@ -103,7 +103,7 @@ def cases(
     max_sequences: int = 3,
     min_keys: int = 0,
     max_keys: int | None = None,
-    prefill: bool = False,
+    supply: bool = False,
     dense: bool = False,
     spare_budget: bool = True,
     use_nope: bool = False,
@@ -118,7 +118,8 @@ def cases(
         max_sequences: most sequences of a batch.
         min_keys: fewest keys of a sequence.
         max_keys: most keys of a sequence; the profile's unless given.
-        prefill: every key has a query.
+        supply: every key has a query, and no limit on their product: for rules that call with
+            parts of the tensors.
         dense: draw `dense_len` near the lengths, instead of always sparse.
         spare_budget: the budget may exceed the forced blocks.
         use_nope: draw `use_nope` too, if claimed.
@@ -128,7 +129,7 @@ def cases(
     longest = min(max_keys or run.profile.max_keys, claims.longest_context)
     modes = [m for m in lse if m in claims.lse_modes]
     lowest = 0 if claims.empty_sequences else 1
-    at_least, at_most = max(min_sequences, 1 - lowest), max_sequences if claims.packed else 1
+    at_least, at_most = max(min_sequences, 1), max_sequences if claims.packed else 1
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
@@ -140,9 +141,9 @@ def cases(
             num_keys = draw(keys)
             most = min(num_keys, max(room // max(num_keys, 1), 1))
             num_queries = num_keys
-            if prefill or not claims.history:
+            if not supply and not claims.history:
                 num_keys = num_queries = min(num_keys, int(room**0.5))
-            else:
+            elif not supply:
                 corners = [t for t in (num_keys, 1, 0) if lowest <= t <= most]
                 num_queries = draw(
                     st.one_of(st.sampled_from(corners or [most]), st.integers(lowest, most))

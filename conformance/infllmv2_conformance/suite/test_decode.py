@@ -76,7 +76,7 @@ def test_windows(run: Runner) -> None:
             machine.run([step])
             machine.check_windows()
 
-    drawn = cases(run, prefill=True, max_keys=200, min_sequences=1, min_keys=1, regimes=REGIMES)
+    drawn = cases(run, supply=True, max_keys=200, min_sequences=1, min_keys=1, regimes=REGIMES)
     run.cases(_with_steps(drawn, "a"), check, weight=0.7)
 
 
@@ -85,7 +85,7 @@ def test_state_machine(run: Runner) -> None:
     """Run drawn programs of appends, decodes and resets."""
     drawn = cases(
         run,
-        prefill=True,
+        supply=True,
         max_keys=240,
         min_sequences=1,
         min_keys=1,
@@ -115,7 +115,7 @@ def _run(
 ) -> None:
     drawn = cases(
         run,
-        prefill=True,
+        supply=True,
         max_keys=200,
         min_sequences=min(batch, 2),
         max_sequences=batch,

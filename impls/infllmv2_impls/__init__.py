@@ -1,0 +1,1 @@
+"""Implementations of the contract: `eager` in PyTorch, kernels, and adapters of other people's."""
