@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ Rows = slice | Tensor
 """Rows of a packed tensor: a range, or their indices."""
 
 
-def pick(inputs: Inputs, rows: list[tuple[Rows, Rows]], heads: slice | None = None) -> Inputs:
+def pick(inputs: Inputs, rows: Sequence[tuple[Rows, Rows]], heads: slice | None = None) -> Inputs:
     """Pack other rows of the same tensors into a batch.
 
     Args:

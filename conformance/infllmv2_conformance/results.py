@@ -75,7 +75,8 @@ def _split_attention(
     if not isinstance(result, tuple) or len(result) != count:
         names = ("out", "lse", "selected")[:count]
         fail(f"{function} must return ({', '.join(names)})", actual=repr(type(result)))
-    out, lse, selected = (*result, None)[:3]
+    parts: list[Any] = [*result, None]
+    out, lse, selected = parts[:3]
     q, config = oracle.inputs.q, oracle.config
     _check_tensor("out", out, tuple(q.shape), oracle, (q.dtype,))
     if "lse" in returns:

@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase
+from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
 
 from .candidate import Candidate
@@ -21,6 +23,12 @@ from .profiles import Profile
 from .trial import Trial
 
 SHRINK_SECONDS = 6.0
+_NO_LIMITS = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+)
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Runner:
     def cases(
         self,
         strategy: SearchStrategy[Case],
-        check: Callable[[Trial], None],
+        check: Callable[[Trial], object],
         *,
         corners: Sequence[Case] = (),
         weight: float = 1.0,
@@ -100,14 +108,14 @@ class Runner:
         settings = self._settings(max(1, round(self.profile.examples * weight)))
         try:
             settings(test)()
-        except hypothesis.errors.FlakyFailure as flaky:
+        except FlakyFailure as flaky:
             raise self._unstable(flaky, next(iter(failed), None)) from None
 
     def unclaimed(self, what: str) -> NoReturn:
         """End the rule as not claimed: the capabilities leave nothing to test."""
         pytest.skip(f"not claimed: {what}")
 
-    def _one(self, case: Case, check: Callable[[Trial], None]) -> None:
+    def _one(self, case: Case, check: Callable[[Trial], object]) -> None:
         self.tally.cases += 1
         trial = Trial(case, self.candidate, self.device, self.tally.ratio, self.function)
         try:
@@ -134,7 +142,7 @@ class Runner:
         phases = [Phase.explicit, Phase.generate]
         phases += [Phase.reuse] if self.profile.database else []
         phases += [Phase.shrink] if self.shrink else []
-        database = hypothesis.settings.default.database if self.profile.database else None
+        database = DirectoryBasedExampleDatabase(".hypothesis") if self.profile.database else None
         return hypothesis.settings(
             max_examples=examples,
             phases=phases,
@@ -143,5 +151,5 @@ class Runner:
             print_blob=False,
             report_multiple_bugs=False,
             verbosity=hypothesis.Verbosity.quiet,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=_NO_LIMITS,
         )

@@ -31,7 +31,7 @@ MAX_PAIRS = 400_000
 """Most query-key pairs of a case, over all heads: what bounds a case's time on a CPU."""
 
 
-def shape_classes(claims: Capabilities, count: int) -> list[dict[str, int]]:
+def shape_classes(claims: Capabilities, count: int) -> list[dict[str, Any]]:
     """Return combinations of group, head dim, heads, block and windows that are claimed.
 
     They are few, because each one is a compilation for an implementation that specialises, and
@@ -40,7 +40,7 @@ def shape_classes(claims: Capabilities, count: int) -> list[dict[str, int]]:
     groups = claims.group_sizes or GROUPS
     dims = claims.head_dims or HEAD_DIMS
     blocks = _claimed_blocks(claims)
-    classes: list[dict[str, int]] = []
+    classes: list[dict[str, Any]] = []
     for i in range(max(count, len(groups), len(dims), len(blocks))):
         block_size, kernel_size, kernel_stride = blocks[i % len(blocks)]
         classes.append(
@@ -67,12 +67,12 @@ def _claimed_blocks(claims: Capabilities) -> list[tuple[int, int, int]]:
     ]
     sizes = claims.block_sizes or (64,)
     windows = claims.windows or ((32, 16),)
-    every = [(size, *window) for size in sizes for window in windows]
+    every = [(size, length, stride) for size in sizes for length, stride in windows]
     return known + [row for row in every if row not in known]
 
 
 def corner(
-    claims: Capabilities, shape: dict[str, int], *sequences: tuple[int, int], **fields: Any
+    claims: Capabilities, shape: dict[str, Any], *sequences: tuple[int, int], **fields: Any
 ) -> Case:
     """Return a case of chosen lengths, in the first claimed dtype and modes."""
     claimed: dict[str, Any] = {
@@ -84,7 +84,7 @@ def corner(
     return Case(sequences, **(shape | claimed | fields))
 
 
-def lengths(shape: dict[str, int], longest: int) -> st.SearchStrategy[int]:
+def lengths(shape: dict[str, Any], longest: int) -> st.SearchStrategy[int]:
     """Draw a number of keys: any, or a corner of windows and blocks, and one to either side."""
     size, stride, b = shape["kernel_size"], shape["kernel_stride"], shape["block_size"]
     corners = {0, 1, size - 1, size, size + stride - 1, size + stride, 4 * size - 1, 4 * size}
@@ -179,7 +179,7 @@ def _dense_lens(sequences: list[tuple[int, int]]) -> st.SearchStrategy[int]:
     return st.sampled_from([-1, *sorted(near)])
 
 
-def _pooling(claims: Capabilities, shape: dict[str, int]) -> st.SearchStrategy[str]:
+def _pooling(claims: Capabilities, shape: dict[str, Any]) -> st.SearchStrategy[str]:
     stride = shape["kernel_stride"]
     divides = shape["block_size"] % stride == 0 and shape["kernel_size"] % stride == 0
     return st.sampled_from([m for m in claims.pooling_modes if m == "overlap" or divides])

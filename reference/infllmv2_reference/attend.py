@@ -80,7 +80,8 @@ def _attend_masked(
     logits = torch.einsum("thd,shd->hts", q.to(wide), k) * head_dim**-0.5  # [HQ, T, S]
     mask = mask.repeat_interleave(group, dim=0)  # [HQ, T, S]
     empty = ~mask.any(dim=-1, keepdim=True)  # [HQ, T, 1]
-    logits = logits.masked_fill(~mask, -torch.inf)
-    lse = logits.masked_fill(empty, 0.0).logsumexp(dim=-1, keepdim=True)  # [HQ, T, 1]
-    out = torch.einsum("hts,shd->thd", (logits - lse).exp(), v)  # [T, HQ, D]
-    return out.to(q.dtype), lse.masked_fill(empty, -torch.inf).squeeze(-1).T
+    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty, 0.0)  # no row without terms
+    weights = logits.softmax(dim=-1).masked_fill(empty, 0.0)  # [HQ, T, S]
+    lse = logits.logsumexp(dim=-1, keepdim=True).masked_fill(empty, -torch.inf)  # [HQ, T, 1]
+    out = torch.einsum("hts,shd->thd", weights, v)  # [T, HQ, D]
+    return out.to(q.dtype), lse.squeeze(-1).T

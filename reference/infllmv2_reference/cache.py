@@ -12,7 +12,7 @@ from .attend import attend_blocks, attend_dense
 from .compress import compress_keys
 from .config import SparseConfig
 from .geometry import num_windows
-from .pipeline import Attention, select_by_windows
+from .pipeline import Attention, check_selection_inputs, select_by_windows
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,17 @@ def append_tokens(
         k: the keys of the new tokens.
         v: the values of the new tokens.
         config: the window lengths and strides.
-        selection_k: the new tokens' keys for selection; `k` unless given.
+        selection_k: what is compressed in place of `k`, exactly if `config.use_nope`.
+
+    Returns:
+        A new cache.
+
+    Raises:
+        ValueError: `selection_k` is given without `use_nope`, or missing with it.
+
+    Source: Eq. 4, one window at a time.
     """
+    check_selection_inputs(config, selection_k=selection_k)
     selection_keys = torch.cat([cache.selection_keys, k if selection_k is None else selection_k])
     size, stride = config.kernel_size, config.kernel_stride
     lse_size, lse_stride = config.lse_kernel_size, config.lse_kernel_stride
@@ -74,7 +83,13 @@ def append_tokens(
 
 
 def truncate(cache: Cache, num_keys: int, config: SparseConfig) -> Cache:
-    """Return the cache of the first `num_keys` tokens: windows that end later are dropped."""
+    """Return the cache of the first `num_keys` tokens: windows that end later are dropped.
+
+    Raises:
+        ValueError: the cache has fewer tokens, or `num_keys` is negative.
+    """
+    if not 0 <= num_keys <= len(cache.keys):
+        raise ValueError(f"num_keys must be in 0..{len(cache.keys)}, but it is {num_keys}")
     num_c1 = num_windows(num_keys, config.kernel_size, config.kernel_stride)
     num_c2 = num_windows(num_keys, config.lse_kernel_size, config.lse_kernel_stride)
     return replace(
@@ -97,7 +112,22 @@ def decode(
 
     The result is that of `attention` over the same keys and values: it does not depend on how the
     tokens arrived (chunk invariance), as long as the switch decides alike (decision D8).
+
+    Args:
+        cache: all tokens so far, those of the queries included.
+        q: the queries of the last T tokens.
+        config: every parameter of the attention.
+        selection_q: what selects in place of `q` (un-rotated), exactly if `config.use_nope`.
+
+    Returns:
+        Output, LSE and selection, as `attention` does.
+
+    Raises:
+        ValueError: `selection_q` is given without `use_nope`, or missing with it.
+
+    Source: Fig. 2 and Sec. 3.3, with the windows of the cache; the switch is decision D8.
     """
+    check_selection_inputs(config, selection_q=selection_q)
     if not config.is_sparse(len(cache.keys)):
         return Attention(*attend_dense(q, cache.keys, cache.values), selected=None)
     selection_q = q if selection_q is None else selection_q

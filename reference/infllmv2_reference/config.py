@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Lse = Literal["exact", "approximate"]
 Pooling = Literal["overlap", "paper_eq7"]
 
-_HF_KEYS = (
+_INTS = (
     "block_size",
     "kernel_size",
     "kernel_stride",
@@ -17,8 +17,8 @@ _HF_KEYS = (
     "window_size",
     "topk",
     "dense_len",
-    "use_nope",
 )
+_HF_KEYS = (*_INTS, "use_nope")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SparseConfig:
         kernel_stride: s1, tokens from one window of K_C1 to the next.
         init_blocks: blocks at the start of the sequence that every query attends.
         window_size: w, tokens of the sliding window; a multiple of `block_size`.
-        topk: blocks on top of `window_size / block_size` in the budget; the budget counts all blocks.
+        topk: a query selects `topk + window_size / block_size` blocks, the forced ones included.
         dense_len: sequences of fewer key tokens run dense attention; -1 means never dense.
         use_nope: selection reads its own (un-rotated) queries and keys.
         lse: the normaliser of the scores: "exact" over K_C1, or "approximate" over K_C2.
@@ -124,7 +124,7 @@ class SparseConfig:
             "a mapping",
         )
         missing = [key for key in _HF_KEYS if key not in sparse_config]
-        unknown = sorted(set(sparse_config) - set(_HF_KEYS))
+        unknown = [key for key in sparse_config if key not in _HF_KEYS]
         if missing or unknown:
             raise ValueError(
                 f"sparse_config has missing keys {missing} and unknown keys {unknown}; "
@@ -134,7 +134,7 @@ class SparseConfig:
 
 
 def _check_types(config: SparseConfig) -> None:
-    for name in ("block_size", *_HF_KEYS[1:7]):
+    for name in _INTS:
         _check_int(name, getattr(config, name))
     _require(isinstance(config.use_nope, bool), TypeError, "use_nope", config.use_nope, "a bool")
     for name, kinds in (("lse", get_args(Lse)), ("pooling", get_args(Pooling))):

@@ -63,10 +63,10 @@ def overlapping_windows(
     Source: Eq. 7, read as overlap (decision D5).
     """
     block_start, block_end = block * block_size, (block + 1) * block_size
-    first = (
-        block_start - kernel_size
-    ) // kernel_stride + 1  # the first that ends after block_start
-    end = -(-block_end // kernel_stride)  # the first that begins at or after block_end
+    # Window c reaches the block if c*s + l > block_start, and does not lie after it if
+    # c*s < block_end; `first` is the least c of the former, `end` the least that fails the latter.
+    first = (block_start - kernel_size) // kernel_stride + 1
+    end = -(-block_end // kernel_stride)
     return max(first, 0), end
 
 
@@ -76,7 +76,7 @@ def paper_eq7_windows(
     """Return the half-open range of window indices that Eq. 7 names literally.
 
     It begins at the block's first token and is as long as the overlap range of an inner block, so
-    it drops the window that reaches into the block and takes one that lies behind it (decision D5).
+    it drops the window that reaches into the block and takes one that lies after it (decision D5).
 
     >>> paper_eq7_windows(2, block_size=64, kernel_size=32, kernel_stride=16)
     (8, 13)
@@ -104,7 +104,7 @@ def is_forced(
 def num_forced(position: int, block_size: int, init_blocks: int, local_blocks: int) -> int:
     """Count the forced blocks of the query at `position`.
 
-    >>> [num_forced(p, block_size=64, init_blocks=1, local_blocks=3) for p in (0, 64, 128, 192, 400)]
+    >>> [num_forced(p, 64, init_blocks=1, local_blocks=3) for p in (0, 64, 128, 192, 400)]
     [1, 2, 3, 4, 4]
     """
     return min(position // block_size + 1, init_blocks + local_blocks)
@@ -123,9 +123,10 @@ def num_selected(
 
 
 def first_position(num_queries: int, num_keys: int) -> int:
-    """Return the position of the first query: queries are aligned with the last keys.
+    """Return the position of the first query: the queries are the last of the keys' tokens.
 
     >>> first_position(num_queries=3, num_keys=10)
     7
     """
+    assert 0 <= num_queries <= num_keys
     return num_keys - num_queries

@@ -56,11 +56,7 @@ def attention(
 
     Source: Fig. 2 and Sec. 3.3; the switch is decision D8.
     """
-    if {config.use_nope} != {selection_q is not None, selection_k is not None}:
-        raise ValueError(
-            f"selection_q and selection_k must be given exactly if config.use_nope; "
-            f"use_nope is {config.use_nope}"
-        )
+    check_selection_inputs(config, selection_q=selection_q, selection_k=selection_k)
     if not config.is_sparse(len(k)):
         return Attention(*attend_dense(q, k, v), selected=None)
     selection_q = q if selection_q is None else selection_q
@@ -68,6 +64,16 @@ def attention(
     k_c1, k_c2 = compress_for_selection(selection_k, config)
     selected = select_by_windows(selection_q, k_c1, k_c2, len(k), config)
     return Attention(*attend_blocks(q, k, v, selected, config.block_size), selected=selected)
+
+
+def check_selection_inputs(config: SparseConfig, **inputs: Tensor | None) -> None:
+    """Raise ValueError unless every input is given exactly if `config.use_nope`."""
+    must, was = ("given", "None") if config.use_nope else ("None", "given")
+    for name, value in inputs.items():
+        if config.use_nope != (value is not None):
+            raise ValueError(
+                f"{name} must be {must} with use_nope={config.use_nope}, but it is {was}"
+            )
 
 
 def compress_for_selection(

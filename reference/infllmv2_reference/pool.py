@@ -27,7 +27,7 @@ def pool_blocks(
     Returns:
         The score of every block, in the dtype of `scores`.
 
-    Free: what stands at blocks behind the query's own.
+    Free: what stands at blocks after the query's own.
 
     Source: Eq. 7, read as overlap (decision D5); `config.pooling = "paper_eq7"` is the literal one.
     """

@@ -19,7 +19,7 @@ def select_blocks(
 
     Args:
         block_scores: the scores of one sequence's blocks; those of forced blocks and of blocks
-            behind the query's own are not read.
+            after the query's own are not read.
         num_keys: S, the key tokens of the sequence.
         config: block size, initial and local blocks, and the budget K.
 

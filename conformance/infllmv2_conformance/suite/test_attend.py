@@ -43,7 +43,8 @@ def test_causal(run: Runner) -> None:
 
     def check(trial: Trial) -> None:
         k, v = trial.inputs.k.clone(), trial.inputs.v.clone()
-        given, early = _arguments(trial), []
+        given = _arguments(trial)
+        early: list[Tensor] = []
         for span in trial.oracle.spans:
             row = trial.case.choice % (span.num_queries + 1)
             start = span.num_keys - span.num_queries + row
@@ -52,7 +53,7 @@ def test_causal(run: Runner) -> None:
         pieces = trial.run(FUNCTION, given | {"k": k, "v": v})
         for span, piece, rows in zip(trial.oracle.spans, pieces, early, strict=True):
             selected = given["selected"][:, span.queries].cpu()
-            judge_output(*piece, selected, span, trial.oracle, trial.note, rows)
+            judge_output(piece[0], piece[1], selected, span, trial.oracle, trial.note, rows)
 
     run.cases(cases(run, min_keys=1), check)
 

@@ -1,0 +1,1 @@
+"""A suite that proves whether an implementation computes InfLLM-V2 attention."""

@@ -1,0 +1,24 @@
+"""How far a result may lie from the oracle: a-priori error bounds, element by element.
+
+Every function evaluates one stage of the reference in float64 on the inputs that the implementation
+saw, and with it a bound on the error of any implementation that computes in the declared
+`Arithmetic`. Nothing is measured or typed in: a bound follows from unit roundoffs, the number of
+operations, and sums such as `sum p|v|`. `docs/tolerances.md` derives each one.
+"""
+
+from .attention import attend
+from .gradients import attend_gradients
+from .model import Bounded, unit_roundoff
+from .scoring import block_scores, scores
+from .windows import compress, stored_windows
+
+__all__ = [
+    "Bounded",
+    "attend",
+    "attend_gradients",
+    "block_scores",
+    "compress",
+    "scores",
+    "stored_windows",
+    "unit_roundoff",
+]

@@ -1,0 +1,172 @@
+"""Bounds of the gradients of stage 5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from infllmv2_reference import attend_blocks
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from infllmv2_conformance.capabilities import Arithmetic
+
+from .attention import Rows, attend_rows, attended
+from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored
+from .softmax import dots, grouped, query_chunks, ungrouped, weigh
+
+
+def attend_gradients(
+    q: Float[Tensor, "T HQ D"],
+    k: Float[Tensor, "S HK D"],
+    v: Float[Tensor, "S HK D"],
+    selected: Int[Tensor, "HK T K"],
+    grad_out: Float[Tensor, "T HQ D"],
+    block_size: int,
+    arithmetic: Arithmetic,
+    out_dtype: str,
+) -> tuple[Bounded, Bounded, Bounded]:
+    """Bound the gradients of `sum(out * grad_out)` by q, k and v.
+
+    Args:
+        q: the queries, in the dtype that the implementation saw.
+        k: the keys.
+        v: the values.
+        selected: block indices, then -1.
+        grad_out: the gradient of the output.
+        block_size: B, tokens of one block.
+        arithmetic: what the implementation computes in.
+        out_dtype: the name of the dtype that the output is stored in; the gradients are stored in
+            the dtypes of their inputs.
+
+    Returns:
+        Gradients of q, k and v with their bounds; both are 0 for tokens that nobody attends.
+    """
+    dk, dv = (torch.zeros(k.shape, dtype=torch.float64) for _ in range(2))
+    dk_off, dv_off, uses = (
+        torch.zeros_like(dk),
+        torch.zeros_like(dv),
+        _uses(q, k, selected, block_size),
+    )
+    dq: list[Tensor] = []
+    dq_off: list[Tensor] = []
+    for rows in query_chunks(len(q), 2 * q.shape[1] * len(k)):
+        end = len(k) - len(q) + rows.stop
+        parts = q[rows], k[:end], v[:end], selected[:, rows], block_size
+        g = grad_out[rows]
+        values = _values(*parts, g)
+        part = _Part(
+            attend_rows(*parts, arithmetic, out_dtype), *parts[:3], g, uses[:, :end], arithmetic
+        )
+        dq.append(values[0])
+        dq_off.append(part.dq())
+        dk[:end] += values[1]
+        dv[:end] += values[2]
+        dk_off[:end] += part.dk()
+        dv_off[:end] += part.dv()
+    unused = (uses == 0).T[..., None]
+    return (
+        _stored(torch.cat(dq), torch.cat(dq_off), q),
+        _stored(dk, dk_off.masked_fill(unused, 0.0), k),
+        _stored(dv, dv_off.masked_fill(unused, 0.0), v),
+    )
+
+
+def _stored(value: Tensor, error: Tensor, like: Tensor) -> Bounded:
+    return Bounded(value, stored(value, error, dtype_name(like)))
+
+
+def _uses(q: Tensor, k: Tensor, selected: Tensor, block_size: int) -> Float[Tensor, "HK S"]:
+    """Count the rows of the group, over all queries and heads, that attend each token."""
+    mask, _ = attended(len(q), len(k), selected, block_size)
+    return mask[:, 0].sum(1).double() * (q.shape[1] // k.shape[1])
+
+
+def _values(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, grad_out: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the reference in float64."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+        out, _ = attend_blocks(q, k, v, selected, block_size)
+        return torch.autograd.grad(out, (q, k, v), grad_out.double())
+
+
+@dataclass
+class _Part:
+    """Bound the gradients from some queries, the last of them at the last key."""
+
+    rows: Rows
+    q: Float[Tensor, "T HQ D"]
+    k: Float[Tensor, "S HK D"]
+    v: Float[Tensor, "S HK D"]
+    grad_out: Float[Tensor, "T HQ D"]
+    uses: Float[Tensor, "HK S"]
+    arithmetic: Arithmetic
+
+    def __post_init__(self) -> None:
+        softmax = self.rows.softmax
+        assert softmax is not None
+        self.s, self.c = softmax, Precision.of(self.arithmetic, dtype_name(self.v))
+        heads = self.k.shape[1]
+        self.g, self.queries = grouped(self.grad_out, heads), grouped(self.q, heads)
+        lse_off = self.rows.lse.bound[..., None]
+        self.p_exponent = self.s.exponent + lse_off  # of P = exp(x - lse)
+        self.over_uses = self.c.summed(self.uses, more=4)[:, None, None]  # [HK, 1, 1, S]
+        self._score_gradient()
+
+    def _score_gradient(self) -> None:
+        """Bound the error of `dS = P * (dP - delta)`: its own, and what a row shares."""
+        c, p, out, g = self.c, self.s.p, self.rows.out, self.g
+        dims = g.shape[-1]
+        sizes = dots(g.abs(), self.v.double().abs())
+        product_off = relative(c.summed(dims, more=2) + c.factors) * sizes + dims * c.flush
+        product = dots(g, self.v)
+        delta = (g * out.value).sum(-1, keepdim=True)  # [HK, G, T, 1]
+        out_off = finite(out.bound)
+        delta_size = (g.abs() * (out.value.abs() + out_off)).sum(-1, keepdim=True)
+        self.delta_off = (g.abs() * out_off).sum(-1, keepdim=True)
+        self.delta_off = self.delta_off + relative(c.summed(dims, more=1)) * delta_size
+        exponent = self.p_exponent + drift(2, c.scalar)
+        rel, inner = relative(exponent), product - delta
+        own = rel * (inner.abs() + self.delta_off) + (rel + 1) * product_off
+        own = own + 2 * c.scalar * (product.abs() + delta.abs())
+        size = (p * inner).abs()
+        own, shared = p * own, p * self.delta_off
+        total = size + own + shared
+        own = own + relative(torch.tensor(c.probability + c.factors).double()) * total
+        own = own + c.probability_flush * self.s.mask
+        own = own.masked_fill(total > c.probability_largest, torch.inf)
+        self.size, self.own, self.shared = size, finite(own), shared
+
+    def dq(self) -> Float[Tensor, "T HQ D"]:
+        """Bound `scale * sum over j of dS k`; the error of delta multiplies the mean key."""
+        c, s = self.c, self.s
+        over_row = relative(c.summed(s.count, more=4) + drift(s.updates, c.scalar))[..., None]
+        weights = self.own + over_row * (self.size + self.own + self.shared)
+        error = weigh(weights, self.k.double().abs())
+        error = error + self.delta_off * weigh(s.p, self.k).abs()
+        error = error * self.q.shape[-1] ** -0.5 + c.flush * s.count[..., None]
+        return ungrouped(error.masked_fill(s.empty[..., None], 0.0))
+
+    def dk(self) -> Float[Tensor, "S HK D"]:
+        """Bound `scale * sum over rows and heads of dS q`."""
+        own = self.own + self.shared
+        weights = own + relative(self.over_uses) * (self.size + own)
+        error = _gather(weights, self.queries.abs()) * self.q.shape[-1] ** -0.5
+        return error + self.c.flush * self.uses.T[..., None]
+
+    def dv(self) -> Float[Tensor, "S HK D"]:
+        """Bound `sum over rows and heads of P grad_out`."""
+        c = self.c
+        exponent = self.p_exponent + self.over_uses + (c.probability + c.factors)
+        weights = self.s.p * relative(exponent) + c.probability_flush * self.s.mask
+        return _gather(weights, self.g.abs()) + c.flush * self.uses.T[..., None]
+
+
+def _gather(
+    weights: Float[Tensor, "HK G T S"], rows: Float[Tensor, "HK G T D"]
+) -> Float[Tensor, "S HK D"]:
+    """Return for every token the sum over the rows of its head, times their weights."""
+    total = weights.flatten(1, 2).transpose(1, 2) @ rows.flatten(1, 2)
+    return total.transpose(0, 1)
