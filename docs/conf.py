@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -14,9 +14,9 @@ sys.path[:0] = [str(DOCS.parent / package) for package in ("reference", "conform
 project = "infllmv2-conformance"
 author = "the infllmv2-conformance authors"
 try:
-    release = version(project)
-except PackageNotFoundError:
-    release = "from source"
+    version = release = metadata.version(project)
+except metadata.PackageNotFoundError:
+    version = release = "from source"
 
 extensions = ["myst_parser", "mathml", "rule_pages"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]

@@ -30,6 +30,7 @@ if "bounds_simulations" not in sys.modules:
     _spec.loader.exec_module(sys.modules["bounds_simulations"])
 
 from bounds_simulations.attention import AttendFault, normalised, without_block
+from bounds_simulations.gradients import Backward  # noqa: E402
 from bounds_simulations.problem import (
     DTYPES,
     REGIMES,
@@ -144,6 +145,9 @@ def test_tfloat32_must_be_declared() -> None:
     out, lse = normalised(declared, matmul=tfloat32_matmul)
     assert worst(out, declared.attention[0]) <= 1 < worst(out, silent.attention[0])
     assert worst(lse, declared.attention[1]) <= 1 < worst(lse, silent.attention[1])
+    gradients = Backward(matmul=tfloat32_matmul)(declared)
+    for actual, wide, narrow in zip(gradients, declared.gradients, silent.gradients, strict=True):
+        assert worst(actual, wide) <= 1 < worst(actual, narrow)
 
 
 def test_float64_bounds_cover_the_oracles_own_rounding() -> None:

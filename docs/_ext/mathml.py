@@ -1,4 +1,4 @@
-"""Render formulas to MathML when the pages are built, so that they need no script and no network."""
+"""Render formulas to MathML when the pages are built, so that no script is needed."""
 
 from __future__ import annotations
 

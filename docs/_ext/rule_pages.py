@@ -11,6 +11,7 @@ from typing import Any
 from docutils import nodes
 from infllmv2_conformance.rules import RULES, Rule
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
 PAGE = "rules"
@@ -42,13 +43,13 @@ def anchor(rule: Rule) -> str:
     return rule.link.partition("#")[2]
 
 
-def _read_again(app: Sphinx, env: Any, docnames: list[str]) -> None:
+def _read_again(_: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
     """Read the page in every build: its source is a Python module that Sphinx does not watch."""
     if PAGE in env.found_docs and PAGE not in docnames:
         docnames.append(PAGE)
 
 
-def _fill_in(app: Sphinx, docname: str, content: list[str]) -> None:
+def _fill_in(_: Sphinx, docname: str, content: list[str]) -> None:
     if docname != PAGE:
         return
     if content[0].count(PLACE) != 1:
@@ -75,13 +76,15 @@ def _needs(rule: Rule) -> str:
 
 
 def _add_anchors(app: Sphinx, doctree: nodes.document) -> None:
-    """Let `fused_select-ties` be found too: docutils itself writes `-` for every `_`."""
+    """Let `fused_select-ties` be found: docutils itself writes `-` for every `_`."""
     if app.env.docname != PAGE:
         return
+    slugs = app.env.metadata[PAGE]["myst_slugs"]
     anchors = {rule.id: anchor(rule) for rule in RULES.values()}
     for section in doctree.findall(nodes.section):
         wanted = anchors.pop(section[0].astext(), None)
         if wanted and wanted not in section["ids"]:
             section["ids"].append(wanted)
+            slugs[wanted] = (section.line, wanted, section[0].astext())
     if anchors:
         raise ExtensionError(f"rules without an anchor: {sorted(anchors)}")

@@ -1,4 +1,4 @@
-"""The same kernel with a common bug: it walks over whole blocks, and forgets what is behind them."""
+"""The same kernel with a common bug: it walks over whole blocks, and forgets the rest."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as my_kernel

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
 
-from .model import Bounded, Precision, drift, dtype_name, relative, stored
+from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored
 from .softmax import Softmax, dots, grouped, logit_error, query_chunks, ungrouped, weigh
 
 _DIVISION_ROUNDINGS = 4
-_RESCALED = 2
+RESCALED = 2
 """Roundings of an online softmax per block that numerator and denominator do not share."""
 
 
@@ -67,6 +67,7 @@ class Rows:
     """Hold the bounds of some queries, heads grouped, and the softmax they come from."""
 
     out: Bounded  # [HK, G, T, D]
+    out_rounding: Float[Tensor, "HK G T D"]  # the part of its bound that storing it adds
     lse: Bounded  # [HK, G, T]
     softmax: Softmax | None
 
@@ -93,10 +94,12 @@ def attend_rows(
     softmax = Softmax(x, error, mask, precision, blocks, rounded=True)
     out, lse = attend_blocks(q.double(), k.double(), v.double(), selected, block_size)
     out, lse = grouped(out, heads), grouped(lse, heads)
-    off = stored(out, _out_error(softmax, v, out), out_dtype)
+    error = _out_error(softmax, v, out)
+    off = stored(out, error, out_dtype)
+    rounding = finite(off) - error
     off = off.masked_fill(softmax.empty[..., None], 0.0)
     lse_off = stored(softmax.lse, softmax.lse_error, "float32").masked_fill(softmax.empty, 0.0)
-    return Rows(Bounded(out, off), Bounded(lse, lse_off), softmax)
+    return Rows(Bounded(out, off), rounding, Bounded(lse, lse_off), softmax)
 
 
 def attended(
@@ -122,7 +125,7 @@ def _out_error(
     growth = s.lse_error.clamp(max=200.0).exp()[..., None]  # of 1 / denominator
     whole_row = relative(s.common + s.mean_relative.log1p())[..., None]
     shift = growth * (spread + _rounding_error(s, v, size, magnitude, spread)) + whole_row * size
-    sums = c.summed(s.count) + drift(_RESCALED * s.updates, c.scalar)
+    sums = c.summed(s.count) + drift(RESCALED * s.updates, c.scalar)
     p_growth = math.exp(c.probability + c.factors)
     shift = shift + growth * p_growth * relative(sums)[..., None] * (magnitude + spread)
     return shift + relative(drift(_DIVISION_ROUNDINGS, c.scalar)) * (size + shift)

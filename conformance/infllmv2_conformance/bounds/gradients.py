@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
 
-from .attention import Rows, attend_rows, attended
+from .attention import RESCALED, Rows, attend_rows, attended
 from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored
 from .softmax import dots, grouped, query_chunks, ungrouped, weigh
 
@@ -117,16 +118,13 @@ class _Part:
 
     def _score_gradient(self) -> None:
         """Bound the error of `dS = P * (dP - delta)`: its own, and what a row shares."""
-        c, p, out, g = self.c, self.s.p, self.rows.out, self.g
+        c, p, g = self.c, self.s.p, self.g
         dims = g.shape[-1]
         sizes = dots(g.abs(), self.v.double().abs())
         product_off = relative(c.summed(dims, more=2) + c.factors) * sizes + dims * c.flush
         product = dots(g, self.v)
-        delta = (g * out.value).sum(-1, keepdim=True)  # [HK, G, T, 1]
-        out_off = finite(out.bound)
-        delta_size = (g.abs() * (out.value.abs() + out_off)).sum(-1, keepdim=True)
-        self.delta_off = (g.abs() * out_off).sum(-1, keepdim=True)
-        self.delta_off = self.delta_off + relative(c.summed(dims, more=1)) * delta_size
+        delta = (g * self.rows.out.value).sum(-1, keepdim=True)  # [HK, G, T, 1]
+        self.delta_off = self._delta_error(product, sizes, delta)[..., None]
         exponent = self.p_exponent + drift(2, c.scalar)
         rel, inner = relative(exponent), product - delta
         own = rel * (inner.abs() + self.delta_off) + (rel + 1) * product_off
@@ -134,10 +132,38 @@ class _Part:
         size = (p * inner).abs()
         own, shared = p * own, p * self.delta_off
         total = size + own + shared
-        own = own + relative(torch.tensor(c.probability + c.factors).double()) * total
-        own = own + c.probability_flush * self.s.mask
+        own = (
+            own + math.expm1(c.probability + c.factors) * total + c.probability_flush * self.s.mask
+        )
         own = own.masked_fill(total > c.probability_largest, torch.inf)
         self.size, self.own, self.shared = size, finite(own), shared
+
+    def _delta_error(
+        self,
+        product: Float[Tensor, "HK G T S"],
+        sizes: Float[Tensor, "HK G T S"],
+        delta: Float[Tensor, "HK G T 1"],
+    ) -> Float[Tensor, "HK G T"]:
+        """Bound the error of `delta = sum dO O`, which is also `sum P dP`.
+
+        What the output loses by inexact probabilities reaches delta through `dP = dO . v`, so it is
+        summed over the tokens, not over the channels.
+        """
+        c, s, g = self.c, self.s, self.g.abs()
+        weighted, width = s.p * product.abs(), delta.abs().squeeze(-1)
+        plain, spread = weighted.sum(-1), (weighted * s.relative).sum(-1)
+        deviation = (s.p * (product - delta).abs()).sum(-1)
+        reach = torch.maximum(plain, deviation) + spread + s.mean_relative * width
+        lost = (s.mask * product.abs()).sum(-1) + s.count * width
+        shift = spread + math.expm1(c.probability + c.factors) * reach + c.probability_flush * lost
+        sums = c.summed(s.count) + drift(RESCALED * s.updates, c.scalar) + c.summed(g.shape[-1])
+        summed = relative(sums + c.factors) * (s.p * (1 + s.relative) * sizes).sum(-1)
+        growth = s.lse_error.clamp(max=200.0).exp()
+        shift = growth * (shift + math.exp(c.probability + c.factors) * summed)
+        shift = shift + relative(s.common + s.mean_relative.log1p()) * width
+        stored_sizes = (g * (self.rows.out.value.abs() + finite(self.rows.out.bound))).sum(-1)
+        last = relative(c.summed(g.shape[-1], more=4)) * stored_sizes
+        return shift + last + (g * self.rows.out_rounding).sum(-1)
 
     def dq(self) -> Float[Tensor, "T HQ D"]:
         """Bound `scale * sum over j of dS k`; the error of delta multiplies the mean key."""
