@@ -39,7 +39,7 @@ class Candidate:
             result = getattr(self.target, function)(**arguments)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _report(function, error)
         return result
 
@@ -48,9 +48,10 @@ class Candidate:
         return getattr(self.target, function)(**arguments)
 
 
-def _report(function: str, error: Exception) -> NoReturn:
+def _report(function: str, error: BaseException) -> NoReturn:
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
-    summary = f"{type(error).__name__}: {error}".strip()
+    first_line = next(iter(str(error).splitlines()), "")
+    summary = f"{type(error).__name__}: {first_line}".strip(": ")
     fail(f"{function} raised {summary}", where={"raised at": place}, expected="a result")
     raise AssertionError("unreachable") from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference import SparseConfig
 from infllmv2_reference.geometry import num_blocks
 from infllmv2_reference.layout import Span
-from torch import Tensor
 
 from .bounds import Bounded
 from .failure import fail

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from infllmv2_reference.layout import Span
 from torch import Tensor
+
+from infllmv2_reference.layout import Span
 
 from . import bounds
 from .bounds import Bounded

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from infllmv2_reference.layout import Span, cu_seqlens_of, spans
 from torch import Tensor
+
+from infllmv2_reference.layout import Span, cu_seqlens_of, spans
 
 from .cases import Case
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference import SparseConfig, pool_blocks, select_blocks
 from infllmv2_reference.layout import Span
 from infllmv2_reference.score import visible_windows
-from torch import Tensor
 
 from .bounds import compress
 from .checks import (

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference import SparseConfig
 from infllmv2_reference.geometry import num_blocks
 from infllmv2_reference.layout import Span
-from torch import Tensor
 
 
 def positions(span: Span) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference import SparseConfig, select_blocks
 from infllmv2_reference.layout import Span, cu_seqlens_of
-from torch import Tensor
 
 from . import bounds
 from .bounds import Bounded

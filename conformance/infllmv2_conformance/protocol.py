@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol
 
 import torch
-from infllmv2_reference import SparseConfig
 from torch import Tensor
+
+from infllmv2_reference import SparseConfig
 
 Function = Literal[
     "compress_keys",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import infllmv2_reference as reference
 import torch
+from torch import Tensor
+
+import infllmv2_reference as reference
 from infllmv2_reference import SparseConfig
 from infllmv2_reference.geometry import num_blocks, num_windows
 from infllmv2_reference.layout import Span, cu_seqlens_of, spans
-from torch import Tensor
 
 
 class ReferenceImplementation:

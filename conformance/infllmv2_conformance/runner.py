@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase
+from hypothesis.configuration import storage_directory
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
@@ -87,7 +88,7 @@ class Runner:
             ConformanceFailure: of the smallest failing case found.
         """
         if self.only is not None:
-            self._one(self.only, check)
+            self.run_case(self.only, check)
             return
         failed: dict[Case, float] = {}
 
@@ -96,7 +97,7 @@ class Runner:
             if late and case not in failed:
                 return  # the time to shrink is over: keep the smallest failure known
             try:
-                self._one(case, check)
+                self.run_case(case, check)
             except ConformanceFailure:
                 failed.setdefault(case, time.monotonic())
                 raise
@@ -115,17 +116,19 @@ class Runner:
         """End the rule as not claimed: the capabilities leave nothing to test."""
         pytest.skip(f"not claimed: {what}")
 
-    def _one(self, case: Case, check: Callable[[Trial], object]) -> None:
+    def run_case(self, case: Case, check: Callable[[Trial], object]) -> None:
+        """Apply `check` to one case; a subclass may watch, and must call this."""
         self.tally.cases += 1
         trial = Trial(case, self.candidate, self.device, self.tally.ratio, self.function)
         try:
             check(trial)
         except ConformanceFailure as failure:
-            self._dress(failure, case)
+            self.dress(failure, case)
             raise
 
-    def _dress(self, failure: ConformanceFailure, case: Case) -> None:
-        failure.rule, failure.function, failure.case = self.rule, self.function, str(case)
+    def dress(self, failure: ConformanceFailure, case: Case | None) -> None:
+        """Tell a failure what it belongs to."""
+        failure.rule, failure.function, failure.case = self.rule, self.function, str(case or "")
         failure.implementation, failure.device = self.candidate.name, str(self.device)
 
     def _unstable(self, flaky: BaseException, case: Case | None) -> ConformanceFailure:
@@ -134,15 +137,16 @@ class Runner:
         finding = first.finding if first else Finding("the verdict on the same case changed")
         finding.what += " (not every time: the same call gave different results)"
         failure = ConformanceFailure(finding)
-        if case is not None:
-            self._dress(failure, case)
+        self.dress(failure, case)
         return failure
 
     def _settings(self, examples: int) -> hypothesis.settings:
         phases = [Phase.explicit, Phase.generate]
         phases += [Phase.reuse] if self.profile.database else []
         phases += [Phase.shrink] if self.shrink else []
-        database = DirectoryBasedExampleDatabase(".hypothesis") if self.profile.database else None
+        database = None
+        if self.profile.database:
+            database = DirectoryBasedExampleDatabase(storage_directory("examples"))
         return hypothesis.settings(
             max_examples=examples,
             phases=phases,

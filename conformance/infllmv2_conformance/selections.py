@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from infllmv2_reference.layout import Span
 from torch import Tensor
+
+from infllmv2_reference.layout import Span
 
 from .arguments import pack_rows
 from .masks import visible_blocks

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
 from infllmv2_reference import SPEC_VERSION
 
 from . import device as devices
@@ -42,11 +43,12 @@ class LoggedRunner(Runner):
 
     tell: Callable[[str], None] | None = None
 
-    def _one(self, case: Case, check: Callable[[Trial], object]) -> None:
+    def run_case(self, case: Case, check: Callable[[Trial], object]) -> None:
+        """Apply `check` to one case, and say which one it is before it can do harm."""
         if self.tell:
             self.tell(str(case))
         try:
-            super()._one(case, check)
+            super().run_case(case, check)
         except (Exception, SystemExit) as error:
             failure = self._blame(error, case)
             if devices.is_lost():
@@ -65,7 +67,7 @@ class LoggedRunner(Runner):
 
     def _failure(self, what: str, case: Case) -> ConformanceFailure:
         failure = ConformanceFailure(Finding(what))
-        self._dress(failure, case)
+        self.dress(failure, case)
         return failure
 
 

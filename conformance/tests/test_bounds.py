@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from infllmv2_conformance import bounds
 from infllmv2_conformance.bounds import Bounded, model, softmax
 from infllmv2_conformance.capabilities import Arithmetic
@@ -30,7 +31,7 @@ if "bounds_simulations" not in sys.modules:
     _spec.loader.exec_module(sys.modules["bounds_simulations"])
 
 from bounds_simulations.attention import AttendFault, normalised, without_block
-from bounds_simulations.gradients import Backward  # noqa: E402
+from bounds_simulations.gradients import Backward
 from bounds_simulations.problem import (
     DTYPES,
     REGIMES,

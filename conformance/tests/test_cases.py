@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from infllmv2_conformance.capabilities import Capabilities
 from infllmv2_conformance.cases import REGIMES, Case
 from infllmv2_conformance.inputs import build_inputs, pick

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
 from infllmv2_conformance.cli import run_command
 from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.report import Result, Run, check_folder, write_reports

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+
 from infllmv2_conformance import loading
 from infllmv2_conformance.loading import LoadError, known_names, load
 

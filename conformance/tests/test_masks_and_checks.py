@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from infllmv2_conformance.bounds import Bounded
 from infllmv2_conformance.checks import (
     check_certificate,

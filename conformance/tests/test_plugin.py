@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.known import read_known_failures
 from infllmv2_conformance.names import STAGES, check_names

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from infllmv2_conformance.child import how_it_ended, last_words
 from infllmv2_conformance.events import EventLog, EventTail, plain
 

@@ -9,10 +9,11 @@ from itertools import groupby
 from typing import Any
 
 from docutils import nodes
-from infllmv2_conformance.rules import RULES, Rule
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
+
+from infllmv2_conformance.rules import RULES, Rule
 
 PAGE = "rules"
 PLACE = "```{rules}\n```\n"

@@ -1,7 +1,7 @@
 """Fill in what commands print, between `<!-- transcript: COMMAND -->` and `<!-- end -->`.
 
-`python docs/_scripts/transcripts.py` runs the commands and rewrites the files; with `--check` it only
-sees that no transcript is empty or of another command.
+`python docs/_scripts/transcripts.py` runs the commands and rewrites the files. With `--check` it
+only sees that no transcript is empty, or of another command.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ PLACE = re.compile(
     re.DOTALL,
 )
 WIDTH = 100
-KEPT_LINES = 8
-"""Of a stretch of lines that all look like rows of a table or a list of rules."""
+KEPT_ROWS = 6
 KEPT_FAILURES = 1
 ROW = re.compile(r"\s*[a-z_]+\.[a-z-]+|\s*(passed|failed|error|not claimed|known failure) ")
 
@@ -97,28 +96,28 @@ def _cut_failures(lines: list[str]) -> list[str]:
 
 def _cut_tables(lines: list[str]) -> list[str]:
     kept: list[str] = []
-    stretch: list[str] = []
+    rows: list[list[str]] = []
     for line in [*lines, ""]:
-        if ROW.match(line) or (stretch and line.startswith("  ")):  # rows, and what belongs to them
-            stretch.append(line)
-            continue
-        kept += _cut_stretch(stretch)
-        stretch = []
-        kept.append(line)
+        if ROW.match(line):
+            rows.append([line])
+        elif rows and line.startswith("  "):  # belongs to the row above
+            rows[-1].append(line)
+        else:
+            kept += _cut_rows(rows)
+            rows = []
+            kept.append(line)
     return kept[:-1]
 
 
-def _cut_stretch(rows: list[str]) -> list[str]:
-    """Drop what is not claimed, then the middle; `...` stands for what is left out."""
-    claimed: list[str] = []
-    for row in ("..." if "not claimed" in row else row for row in rows):
-        if row != "..." or claimed[-1:] != ["..."]:
-            claimed.append(row)
-    if len(claimed) <= KEPT_LINES + 1:
-        return claimed
-    half = KEPT_LINES // 2
-    first, last = claimed[:half], claimed[-half:]
-    return [*first, *([] if "..." in (first[-1], last[0]) else ["..."]), *last]
+def _cut_rows(rows: list[list[str]]) -> list[str]:
+    """Leave out what is not claimed, and the middle of the rest; `...` stands for both."""
+    claimed = [row for row in rows if "not claimed" not in row[0]]
+    if len(claimed) > KEPT_ROWS:
+        half = KEPT_ROWS // 2
+        claimed = [*claimed[:half], ["..."], *claimed[-half:]]
+    elif len(claimed) < len(rows):
+        claimed.append(["..."])
+    return [line for row in claimed for line in row]
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ raise TypeError; shapes, devices and values ValueError.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_blocks, num_windows
 from infllmv2_reference.layout import check_cu_seqlens, check_packed, lengths_of
-from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Dtypes = tuple[torch.dtype, ...]

@@ -11,6 +11,7 @@ import sys
 import time
 
 import torch
+
 from infllmv2_impls.eager import IMPLEMENTATION
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.layout import cu_seqlens_of

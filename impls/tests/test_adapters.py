@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
 from infllmv2_conformance.capabilities import Capabilities
 from infllmv2_impls.adapters import flex_attention, sdpa
 from infllmv2_reference import SparseConfig, attend_blocks, compress_keys, pool_blocks

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from infllmv2_impls.eager import IMPLEMENTATION
 from infllmv2_reference import SparseConfig, compress_for_selection
 from infllmv2_reference.layout import cu_seqlens_of

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.testing import assert_close
+
 from infllmv2_impls.eager import IMPLEMENTATION, attend, places, tiles
 from infllmv2_reference import (
     SparseConfig,
@@ -21,8 +24,6 @@ from infllmv2_reference import (
     select_by_windows,
 )
 from infllmv2_reference.layout import cu_seqlens_of, spans
-from torch import Tensor
-from torch.testing import assert_close
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = SparseConfig(

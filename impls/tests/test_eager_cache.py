@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.testing import assert_close
+
 from infllmv2_impls.eager import IMPLEMENTATION
 from infllmv2_reference import SparseConfig, attention, compress_for_selection
 from infllmv2_reference.layout import cu_seqlens_of
-from torch import Tensor
-from torch.testing import assert_close
 
 TINY = SparseConfig(
     block_size=8, kernel_size=4, kernel_stride=2, window_size=8, topk=3, dense_len=-1

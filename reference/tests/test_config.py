@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+
 from infllmv2_reference import SparseConfig
 
 MINICPM41 = {

@@ -11,6 +11,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from infllmv2_reference import SparseConfig, select_blocks
 from infllmv2_reference.geometry import (
     first_position,

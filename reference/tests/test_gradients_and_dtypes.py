@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from infllmv2_reference import (
     SparseConfig,
     attend_blocks,
@@ -15,7 +17,6 @@ from infllmv2_reference import (
     score_windows,
     select_by_windows,
 )
-from torch import Tensor
 
 CONFIG = SparseConfig(
     block_size=8, kernel_size=4, kernel_stride=2, window_size=8, topk=3, dense_len=-1

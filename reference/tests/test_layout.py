@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from infllmv2_reference.layout import check_cu_seqlens, check_packed, cu_seqlens_of
 from torch import Tensor
+
+from infllmv2_reference.layout import check_cu_seqlens, check_packed, cu_seqlens_of
 
 
 def int32(*values: int) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from infllmv2_reference import (
     Attention,
     Cache,
@@ -27,7 +29,6 @@ from infllmv2_reference import (
     truncate,
 )
 from infllmv2_reference.geometry import num_selected
-from torch import Tensor
 
 quick = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 

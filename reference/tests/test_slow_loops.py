@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from infllmv2_reference import SparseConfig, attention
 from infllmv2_reference.pipeline import compress_for_selection
 from infllmv2_reference.pool import pool_blocks

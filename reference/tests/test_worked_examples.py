@@ -11,6 +11,8 @@ from math import inf, log
 
 import pytest
 import torch
+from torch import Tensor
+
 from infllmv2_reference import (
     SparseConfig,
     append_tokens,
@@ -26,7 +28,6 @@ from infllmv2_reference import (
     truncate,
 )
 from infllmv2_reference.layout import Span, cu_seqlens_of, lengths_of, spans, window_lengths
-from torch import Tensor
 
 
 def column(*values: float) -> Tensor:

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from infllmv2_reference import attend_blocks
-from infllmv2_reference.attend import causal_mask
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_reference import attend_blocks
+from infllmv2_reference.attend import causal_mask
 
 from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored
 from .softmax import Softmax, dots, grouped, logit_error, query_chunks, ungrouped, weigh

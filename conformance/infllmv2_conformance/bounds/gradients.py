@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from infllmv2_reference import attend_blocks
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_reference import attend_blocks
 
 from .attention import RESCALED, Rows, attend_rows, attended
 from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored

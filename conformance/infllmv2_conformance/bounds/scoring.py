@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from infllmv2_reference import SparseConfig, pool_blocks, score_windows
-from infllmv2_reference.geometry import num_windows
-from infllmv2_reference.score import visible_windows
 from jaxtyping import Float
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_reference import SparseConfig, pool_blocks, score_windows
+from infllmv2_reference.geometry import num_windows
+from infllmv2_reference.score import visible_windows
 
 from .model import FORMATS, Bounded, Precision, drift, dtype_name, relative, stored
 from .softmax import (

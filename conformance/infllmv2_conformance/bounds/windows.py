@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from infllmv2_reference import compress_keys
 from jaxtyping import Float
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_reference import compress_keys
 
 from .model import Bounded, Precision, dtype_name, relative, stored
 

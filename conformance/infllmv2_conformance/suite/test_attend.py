@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance.checks import check_same_bits
 from infllmv2_conformance.judges import judge_output
 from infllmv2_conformance.masks import members
@@ -14,7 +16,6 @@ from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.selections import pack_selected, random_selection
 from infllmv2_conformance.strategies import cases
 from infllmv2_conformance.trial import Trial
-from torch import Tensor
 
 FUNCTION = "attend"
 

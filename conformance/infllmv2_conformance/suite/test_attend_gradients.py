@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance.bounds import Bounded
 from infllmv2_conformance.checks import check_values
 from infllmv2_conformance.gradients import Gradients, differentiate, expected_gradients
@@ -11,7 +13,6 @@ from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.selections import pack_selected, random_selection
 from infllmv2_conformance.strategies import cases
 from infllmv2_conformance.trial import Trial
-from torch import Tensor
 
 SMALL = 130
 

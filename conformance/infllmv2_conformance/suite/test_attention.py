@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from infllmv2_conformance.bounds import Bounded
 from infllmv2_conformance.cases import WITHOUT_OVERFLOW, Case
 from infllmv2_conformance.checks import check_certificate, check_form, check_values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from infllmv2_conformance.cases import Case
 from infllmv2_conformance.checks import check_same_bits
 from infllmv2_conformance.inputs import pick

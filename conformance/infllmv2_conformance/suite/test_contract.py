@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance.checks import check_same_bits
 from infllmv2_conformance.failure import fail
 from infllmv2_conformance.guards import PoisonedMemory, RedZone, fingerprint
@@ -13,7 +15,6 @@ from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases, corner, shape_classes
 from infllmv2_conformance.trial import Trial
-from torch import Tensor
 
 KINDS = {
     "compress_keys": ("windows",),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import strategies as st
+
 from infllmv2_conformance.cases import Case
 from infllmv2_conformance.programs import Machine, parse_steps, programs, write_steps
 from infllmv2_conformance.rules import rule

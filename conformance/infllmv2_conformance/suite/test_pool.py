@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance.arguments import pack_rows
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
@@ -10,7 +12,6 @@ from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases, corner, shape_classes
 from infllmv2_conformance.trial import Trial
 from infllmv2_reference.score import visible_windows
-from torch import Tensor
 
 FUNCTION = "pool_blocks"
 

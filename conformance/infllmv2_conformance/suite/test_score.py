@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from infllmv2_conformance.cases import Case
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance.arguments import pack_rows
 from infllmv2_conformance.masks import competing_blocks, visible_blocks
 from infllmv2_conformance.neighbours import check_alone
@@ -12,7 +14,6 @@ from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases
 from infllmv2_conformance.trial import Trial
-from torch import Tensor
 
 FUNCTION = "select_blocks"
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from infllmv2_conformance import bounds
 from infllmv2_conformance.bounds import Bounded
 from infllmv2_conformance.capabilities import Arithmetic
 from infllmv2_reference import SparseConfig, select_blocks
 from infllmv2_reference.attend import causal_mask
-from torch import Tensor
 
 DTYPES = ("float16", "bfloat16", "float32")
 LOG2E = math.log2(math.e)

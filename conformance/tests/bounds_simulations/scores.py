@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from infllmv2_reference.score import visible_windows
 from torch import Tensor
+
+from infllmv2_reference.score import visible_windows
 
 from .problem import LOG2E, Matmul, Problem, cut, exact_matmul, tensor_core
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from infllmv2_reference.layout import spans
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from infllmv2_impls import checks
+from infllmv2_reference.layout import spans
 
 TILE = 128
 """Queries and keys in one tile of the block mask; the kernel's own tiles must divide it."""

@@ -11,9 +11,10 @@ import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.layout import cu_seqlens_of, lengths_of, spans, window_lengths
-from torch import Tensor
 
 try:
     import infllm_v2

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from infllmv2_reference.layout import spans
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from infllmv2_impls import checks
+from infllmv2_reference.layout import spans
 
 CAPABILITIES: dict[str, Any] = {
     "devices": ("cpu", "cuda"),

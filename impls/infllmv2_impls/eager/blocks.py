@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_blocks
-from torch import Tensor
 
 from .places import Place, wide_dtype
 from .windows import compress, pad_windows, score, score_bytes, visible_windows

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_windows
 from infllmv2_reference.layout import cu_seqlens_of
-from torch import Tensor
 
 from .places import Place
 from .windows import compress

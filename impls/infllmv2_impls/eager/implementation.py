@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from infllmv2_reference.config import SparseConfig
-from infllmv2_reference.geometry import num_blocks, num_windows
-from infllmv2_reference.layout import cu_seqlens_of, lengths_of
 from torch import Tensor
 
 from infllmv2_impls import checks
+from infllmv2_reference.config import SparseConfig
+from infllmv2_reference.geometry import num_blocks, num_windows
+from infllmv2_reference.layout import cu_seqlens_of, lengths_of
 
 from . import blocks, windows
 from .attend import attend

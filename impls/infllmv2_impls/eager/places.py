@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_windows
 from infllmv2_reference.layout import spans
-from torch import Tensor
 
 CHUNK_BYTES = 96 << 20
 """Bytes of temporary tensors that one chunk of query rows aims at; a single row may need more."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_windows
-from torch import Tensor
 
 from .places import CHUNK_BYTES, Place, wide_dtype
 
