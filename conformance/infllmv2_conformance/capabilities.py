@@ -18,16 +18,20 @@ class Arithmetic:
     """State the precision an implementation computes in; the error bounds follow from it.
 
     Args:
-        accumulate: dtype of sums: dot products, softmax denominators, means.
+        accumulate: dtype of sums: dot products, softmax denominators, means. Inputs of a wider
+            dtype are summed in their own.
         products: "ieee" if factors enter products unrounded, "tf32" if float32 ones are rounded.
         probabilities: dtype of softmax numerators when they multiply values; "input" is that of v.
         scores: dtype in which window and block scores are stored.
+        group_sum: "accumulate" if the gradients that a group's query heads send to one key or value
+            are added before rounding, "input" if each is first rounded to the dtype of k.
     """
 
     accumulate: str = "float32"
     products: str = "ieee"
     probabilities: str = "input"
     scores: str = "float32"
+    group_sum: str = "accumulate"
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Capabilities:
         _check_members(
             "arithmetic.probabilities", (self.arithmetic.probabilities,), ("input", *DTYPES)
         )
+        group_sums = ("accumulate", "input")
+        _check_members("arithmetic.group_sum", (self.arithmetic.group_sum,), group_sums)
         _check_members("arithmetic.scores", (self.arithmetic.scores,), DTYPES)
 
     @classmethod

@@ -11,7 +11,7 @@ from infllmv2_reference import SparseConfig
 from infllmv2_reference.geometry import num_blocks
 from infllmv2_reference.layout import Span
 
-from .bounds import Bounded
+from .bounds import Bounded, dtype_name, rounding
 from .failure import fail
 from .masks import competing_blocks, forced_blocks, members, positions
 
@@ -50,11 +50,17 @@ def check_values(
     """Fail unless `|actual - expected.value| <= expected.bound` wherever `mask` holds.
 
     Infinities must be the same infinity. NaN is never right. An infinite bound admits any number.
+
+    What is noted is how much of its room an implementation uses: rounding the result to its dtype
+    may cost half a unit in the last place, whatever was done before, so that half unit is taken
+    off both the error and the bound.
     """
-    actual = actual.detach().cpu().double()
     value, bound = expected.value, expected.bound
+    storage = torch.minimum(rounding(value.abs(), dtype_name(actual)), bound)
+    actual = actual.detach().cpu().double()
     error = (actual - value).abs().where(actual != value, 0.0)
-    ratio = (error / bound).where(error > 0, 0.0)  # 0 / 0 where both are exact
+    ratio = (error - storage) / (bound - storage)
+    ratio = ratio.where(error > storage, 0.0)  # 0 / 0 where both are exact
     ratio = ratio.where(~(bound.isinf() & ~actual.isnan()), 0.0)
     ratio = ratio.where(~(error.isnan() | ratio.isnan()), torch.inf)
     if mask is not None:

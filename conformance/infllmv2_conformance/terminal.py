@@ -24,6 +24,7 @@ STYLES = {
     "not run": "yellow",
 }
 PLAIN_WIDTH = 100
+SHOWN_IN_FULL = 3
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -86,20 +87,22 @@ class Monitor:
         self._progress.update(self._task, description=result.name)
 
     def finished(self, run: Run, result: Result) -> None:
-        """Show what became of a rule; on a terminal only if it is bad."""
+        """Show what became of a rule: on a terminal only bad ones, the first of them in full."""
         self._passed += result.outcome == "passed"
         bad = result.outcome in ("failed", "error")
         self._bad += bad
         tally = f"[green]{self._passed} passed[/]"
         tally += f" [red]{self._bad} failed[/]" if self._bad else ""
         self._progress.update(self._task, completed=len(run.results), tally=tally)
-        if bad or not self.live:
+        if bad and self._bad == 1:
+            self._say("")
+            show_failure(self.console, result)
+            self._say("")
+        elif bad or (not self.live and result.outcome != "not claimed"):
             style, first = STYLES[result.outcome], result.text.split("\n")[0]
             words = Text.assemble((f"{result.outcome:<12}", style), " ", result.name)
             words.append("" if self.live else f"  {_summary(result)}")
-            if result.outcome == "not claimed":
-                words.append(f", needs {first}")
-            elif first:
+            if first:
                 words.append(f"\n    {first.removeprefix(f'{result.rule}: ')}")
             self._say(words)
 
@@ -108,7 +111,7 @@ class Monitor:
 
 
 def show_run(console: Console, run: Run) -> None:
-    """Show the table, what is not claimed, every failure in full, and the verdict."""
+    """Show the table, what is not claimed, the failures that matter, and the verdict."""
     if run.plan:
         console.print()
         console.print(_table(run))
@@ -132,6 +135,8 @@ def _table(run: Run) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for rule, results in run.by_rule().items():
         outcome = worst(results)
+        if outcome == "not claimed":
+            continue  # the summary below the table names what is missing
         table.add_row(rule, Text(outcome, STYLES[outcome]), *_numbers(results))
         odd = [r for r in results if r.function and r.outcome != "passed"]
         if any(result.outcome != outcome for result in results) or outcome == "failed":
@@ -180,11 +185,20 @@ def _show_unclaimed(console: Console, run: Run) -> None:
 
 
 def _show_texts(console: Console, run: Run) -> None:
-    for result in run.all_results():
-        if result.outcome in ("failed", "error"):
-            console.print(Line(f"[{STYLES[result.outcome]}]{result.outcome}[/]", align="left"))
-            show_failure(console, result)
-            console.print()
+    """Show the first failures of the first broken stage in full, and a line for each other one."""
+    bad = [r for r in run.all_results() if r.outcome in ("failed", "error")]
+    first_stage = [r for r in bad if RULES[r.rule].stage == RULES[bad[0].rule].stage]
+    for result in first_stage[:SHOWN_IN_FULL]:
+        console.print(Line(f"[{STYLES[result.outcome]}]{result.outcome}[/]", align="left"))
+        show_failure(console, result)
+        console.print()
+    others = [r for r in bad if r not in first_stage[:SHOWN_IN_FULL]]
+    if others:
+        console.print("Also broken, perhaps for the same reason (--report has each in full):")
+        for result in others:
+            what = result.text.split("\n")[0].removeprefix(f"{result.rule}: ")
+            console.print(f"  {result.name}: {what}", markup=False, soft_wrap=True)
+        console.print()
     known = [r for r in run.all_results() if r.outcome == "known failure"]
     for result in known:
         reason = result.text.split("\n")[0].removeprefix("known: ")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .arguments import arguments
 from .candidate import Candidate
 from .cases import Case
+from .failure import ConformanceFailure
 from .inputs import Inputs, build_inputs
 from .judges import judge
 from .oracle import Oracle
@@ -93,6 +94,20 @@ class Trial:
         pieces = self.run(function, given)
         self.judge(function, pieces, given, against=against, sequences=sequences)
         return pieces
+
+    def is_sound(self) -> bool:
+        """Say whether the function under test is right on the plain inputs of the case.
+
+        Rules about how a function is called apply only then: a function that computes the wrong
+        thing is reported by the rules of its stage, once.
+        """
+        plain = self.on(self.case.sequences, self.inputs)
+        plain.note = lambda _: None
+        try:
+            plain.check(self.function)
+        except ConformanceFailure:
+            return False
+        return True
 
     def judge(
         self,

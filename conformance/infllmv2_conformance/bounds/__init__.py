@@ -8,7 +8,7 @@ operations, and sums such as `sum p|v|`. `docs/tolerances.md` derives each one.
 
 from .attention import attend
 from .gradients import attend_gradients
-from .model import Bounded, unit_roundoff
+from .model import Bounded, dtype_name, rounding, unit_roundoff
 from .scoring import block_scores, scores
 from .windows import compress, stored_windows
 
@@ -18,6 +18,8 @@ __all__ = [
     "attend_gradients",
     "block_scores",
     "compress",
+    "dtype_name",
+    "rounding",
     "scores",
     "stored_windows",
     "unit_roundoff",

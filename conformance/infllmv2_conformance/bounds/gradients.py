@@ -13,7 +13,7 @@ from infllmv2_conformance.capabilities import Arithmetic
 from infllmv2_reference import attend_blocks
 
 from .attention import RESCALED, Rows, attend_rows, attended
-from .model import Bounded, Precision, drift, dtype_name, finite, relative, stored
+from .model import FORMATS, Bounded, Precision, drift, dtype_name, finite, relative, stored
 from .softmax import dots, grouped, query_chunks, ungrouped, weigh
 
 
@@ -43,7 +43,7 @@ def attend_gradients(
     Returns:
         Gradients of q, k and v with their bounds; both are 0 for tokens that nobody attends.
     """
-    dk, dv = (torch.zeros(k.shape, dtype=torch.float64) for _ in range(2))
+    dk, dv, dk_heads, dv_heads = (torch.zeros(k.shape, dtype=torch.float64) for _ in range(4))
     dk_off, dv_off, uses = (
         torch.zeros_like(dk),
         torch.zeros_like(dv),
@@ -65,6 +65,13 @@ def attend_gradients(
         dv[:end] += values[2]
         dk_off[:end] += part.dk()
         dv_off[:end] += part.dv()
+        if arithmetic.group_sum == "input":
+            dk_heads[:end] += part.dk_of_heads()
+            dv_heads[:end] += part.dv_of_heads()
+    if arithmetic.group_sum == "input":
+        group = q.shape[1] // k.shape[1]
+        dk_off = dk_off + _rounded_heads(dk_heads + dk_off, group, k)
+        dv_off = dv_off + _rounded_heads(dv_heads + dv_off, group, v)
     unused = (uses == 0).T[..., None]
     return (
         _stored(torch.cat(dq), torch.cat(dq_off), q),
@@ -75,6 +82,12 @@ def attend_gradients(
 
 def _stored(value: Tensor, error: Tensor, like: Tensor) -> Bounded:
     return Bounded(value, stored(value, error, dtype_name(like)))
+
+
+def _rounded_heads(size: Tensor, group: int, like: Tensor) -> Tensor:
+    """Bound what rounding each of a group's gradients costs; `size` sums their magnitudes."""
+    form = FORMATS[dtype_name(like)]
+    return size * 2.0**-form.digits + group * form.smallest
 
 
 def _uses(q: Tensor, k: Tensor, selected: Tensor, block_size: int) -> Float[Tensor, "HK S"]:
@@ -129,7 +142,8 @@ class _Part:
         rel, inner = relative(exponent), product - delta
         own = rel * (inner.abs() + self.delta_off) + (rel + 1) * product_off
         own = own + 2 * c.scalar * (product.abs() + delta.abs())
-        size = (p * inner).abs()
+        self.score_gradient = p * inner
+        size = self.score_gradient.abs()
         own, shared = p * own, p * self.delta_off
         total = size + own + shared
         own = (
@@ -182,6 +196,14 @@ class _Part:
         error = _gather(weights, self.queries.abs()) * self.q.shape[-1] ** -0.5
         return error + self.c.flush * self.uses.T[..., None]
 
+    def dk_of_heads(self) -> Float[Tensor, "S HK D"]:
+        """Return the magnitudes of the gradients that each query head sends, summed over heads."""
+        return _gather_heads(self.score_gradient, self.queries) * self.q.shape[-1] ** -0.5
+
+    def dv_of_heads(self) -> Float[Tensor, "S HK D"]:
+        """Return the magnitudes of the gradients that each query head sends, summed over heads."""
+        return _gather_heads(self.s.p, self.g)
+
     def dv(self) -> Float[Tensor, "S HK D"]:
         """Bound `sum over rows and heads of P grad_out`."""
         c = self.c
@@ -196,3 +218,10 @@ def _gather(
     """Return for every token the sum over the rows of its head, times their weights."""
     total = weights.flatten(1, 2).transpose(1, 2) @ rows.flatten(1, 2)
     return total.transpose(0, 1)
+
+
+def _gather_heads(
+    weights: Float[Tensor, "HK G T S"], rows: Float[Tensor, "HK G T D"]
+) -> Float[Tensor, "S HK D"]:
+    """Return for every token the magnitude of each head's sum over rows, added over heads."""
+    return (weights.transpose(2, 3) @ rows).abs().sum(1).transpose(0, 1)

@@ -117,7 +117,7 @@ class Precision:
     @classmethod
     def of(cls, arithmetic: Arithmetic, name: str) -> Precision:
         """Return the precision for inputs of the dtype `name`."""
-        sums = FORMATS[arithmetic.accumulate]
+        sums = max(FORMATS[arithmetic.accumulate], FORMATS[name], key=lambda f: f.digits)
         u = 2.0**-sums.digits
         rounds_factors = arithmetic.products == "tf32" and name == "float32"
         p_name = name if arithmetic.probabilities == "input" else arithmetic.probabilities
@@ -138,6 +138,12 @@ class Precision:
         return drift(sum_steps(terms) + more, self.step)
 
 
+def rounding(size: Tensor, name: str) -> Tensor:
+    """Return the most that storing a number of this size in the dtype `name` may move it."""
+    target = FORMATS[name]
+    return torch.maximum(size * 2.0**-target.digits, size.clamp(max=target.smallest))
+
+
 def stored(value: Tensor, error: Tensor, name: str) -> Tensor:
     """Return the error after rounding to the dtype `name` a number that is `error` off `value`.
 
@@ -146,8 +152,7 @@ def stored(value: Tensor, error: Tensor, name: str) -> Tensor:
     """
     target = FORMATS[name]
     size = value.abs() + error
-    moved = torch.maximum(size * 2.0**-target.digits, size.clamp(max=target.smallest))
-    total = (error + moved).nan_to_num(nan=math.inf, posinf=math.inf)
+    total = (error + rounding(size, name)).nan_to_num(nan=math.inf, posinf=math.inf)
     return total.masked_fill(~(size + moved <= target.largest), math.inf)
 
 

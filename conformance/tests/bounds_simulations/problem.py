@@ -160,12 +160,12 @@ class Problem:
 
 
 def worst(actual: Tensor, expected: Bounded) -> float:
-    """Return the largest error over its bound; an infinite bound admits anything."""
+    """Return the largest error over its bound; an infinite bound admits all but NaN."""
     actual = actual.detach().double()
     same = actual == expected.value
     error = (actual - expected.value).abs().masked_fill(same, 0.0)
     ratio = (error / expected.bound).masked_fill(error == 0, 0.0)
-    ratio = ratio.masked_fill(expected.bound.isinf(), 0.0)
+    ratio = ratio.masked_fill(expected.bound.isinf() & ~actual.isnan(), 0.0)
     return float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max()) if ratio.numel() else 0.0
 
 

@@ -27,6 +27,7 @@ CAPABILITIES: dict[str, Any] = {
     "validates": ("shapes", "dtypes", "devices", "cu_seqlens", "config"),
     "longest_context": 1 << 15,  # the mask takes HK * T * S bytes, and PyTorch widens it
     "arithmetic": {
+        "group_sum": "input",
         "accumulate": "float32",
         "products": "ieee",
         "probabilities": "input",
