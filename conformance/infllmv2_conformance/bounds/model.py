@@ -150,10 +150,9 @@ def stored(value: Tensor, error: Tensor, name: str) -> Tensor:
     Rounding moves a number `x` by at most `u|x|`, near 0 by the format's `smallest`, and never by
     more than `|x|`. Where `x` may be too large for the format there is no bound.
     """
-    target = FORMATS[name]
     size = value.abs() + error
     total = (error + rounding(size, name)).nan_to_num(nan=math.inf, posinf=math.inf)
-    return total.masked_fill(~(size + moved <= target.largest), math.inf)
+    return total.masked_fill(~(size + rounding(size, name) <= FORMATS[name].largest), math.inf)
 
 
 def finite(bound: Tensor) -> Tensor:
