@@ -60,7 +60,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=_environment(order.workers),
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then ends the child
             )
 
@@ -145,13 +145,12 @@ def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"--infllmv2-{name}={value}"]
 
 
-def _environment(workers: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     env.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache / "infllmv2" / "hypothesis"))
-    if workers:  # processes that each take every core stand in each other's way
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    env.setdefault("OMP_NUM_THREADS", "1")  # cases are small: threads would only wait
     paths = [*_source_folders(), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return env

@@ -81,7 +81,7 @@ _ALL = [
         ("score.group-sum", "A score is the sum over the query heads h with h // G equal."),
         ("score.shift", "A constant added to all logits of a head changes no score."),
         ("score.no-normaliser", "A row that sees no window of the normaliser scores 0."),
-        ("score.large-logits", "Large logits give finite scores."),
+        ("score.large-logits", "Large logits give no NaN, and infinity only beyond the range."),
         ("score.packed-alone", "A sequence's scores do not depend on its neighbours.", "packed"),
     ),
     *_rules(
