@@ -21,7 +21,8 @@ class Arithmetic:
         accumulate: dtype of sums: dot products, softmax denominators, means. Inputs of a wider
             dtype are summed in their own.
         products: "ieee" if factors enter products unrounded, "tf32" if float32 ones are rounded.
-        probabilities: dtype of softmax numerators when they multiply values; "input" is that of v.
+        probabilities: dtype of softmax numerators when they multiply values, and of what they are
+            multiplied with in the backward pass; "input" is that of v.
         scores: dtype in which window and block scores are stored.
         group_sum: "accumulate" if the gradients that a group's query heads send to one key or value
             are added before rounding, "input" if each is first rounded to the dtype of k.

@@ -102,7 +102,7 @@ def test_known_failures(tmp_path, write_fake, run_pytest):
     """A listed rule may fail, without being shrunk; one that passes is stale."""
     impl = write_fake(result="windows * 1.01, cu_seqlens")
     (tmp_path / "known").write_text(
-        "# what is not fixed yet\n\ncompress.values  rounds wrongly, see issue 7\n"
+        "# what is not fixed yet\n\ncompress.values  rounds wrongly, see the tracker\n"
         "contract.inputs-unchanged[compress_keys] never checked\n"
     )
     done = run_pytest(
@@ -117,7 +117,7 @@ def test_known_failures(tmp_path, write_fake, run_pytest):
     assert "contract.inputs-unchanged[compress_keys] is listed" in stale["text"]
     assert "remove known:4" in stale["text"]
     assert done.returncode == 1
-    assert "rounds wrongly, see issue 7" in done.stdout
+    assert "rounds wrongly, see the tracker" in done.stdout
 
 
 def test_known_failure_of_what_is_not_offered_is_refused(tmp_path, write_fake, run_pytest):

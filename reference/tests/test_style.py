@@ -1,4 +1,4 @@
-"""The house style (DESIGN.md) as tests: short functions, docstrings, who may import whom."""
+"""The style of CONTRIBUTING.md as tests: short functions, docstrings, who may import whom."""
 
 from __future__ import annotations
 

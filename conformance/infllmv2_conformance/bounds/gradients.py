@@ -138,13 +138,14 @@ class _Part:
         product = dots(g, self.v)
         delta = (g * self.rows.out.value).sum(-1, keepdim=True)  # [HK, G, T, 1]
         self.delta_off = self._delta_error(product, sizes, delta)[..., None]
-        exponent = self.p_exponent + drift(2, c.scalar)
+        exponent = self.p_exponent + drift(2, c.scalar) + c.probability  # some use the rounded P
         rel, inner = relative(exponent), product - delta
         own = rel * (inner.abs() + self.delta_off) + (rel + 1) * product_off
+        lost = c.probability_flush * (inner.abs() + self.delta_off + product_off) * self.s.mask
         own = own + 2 * c.scalar * (product.abs() + delta.abs())
         self.score_gradient = p * inner
         size = self.score_gradient.abs()
-        own, shared = p * own, p * self.delta_off
+        own, shared = p * own + lost, p * self.delta_off
         total = size + own + shared
         own = (
             own + math.expm1(c.probability + c.factors) * total + c.probability_flush * self.s.mask

@@ -1,1 +1,0 @@
-"""Deliberately wrong implementations, which measure what the suite can catch."""
