@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllmv2_reference.score import visible_windows
+
 from .inputs import Inputs
 from .oracle import Oracle
 
@@ -35,7 +37,12 @@ def arguments(function: str, inputs: Inputs, oracle: Oracle) -> dict[str, Any]:
             "config": config,
         }
     if function == "pool_blocks":
-        scores = pack_rows([s.value for s in oracle.scores], oracle)
+        size, stride = config.kernel_size, config.kernel_stride
+        rows = [
+            s.value.where(visible_windows(span.num_queries, span.num_keys, size, stride), 0.5)
+            for s, span in zip(oracle.scores, oracle.spans, strict=True)
+        ]  # what stands at invisible windows is arbitrary
+        scores = pack_rows(rows, oracle)
         return {"scores": scores, **inputs.lengths, "config": config}
     if function == "select_blocks":
         block_scores = pack_rows([s.value for s in oracle.block_scores], oracle)

@@ -11,21 +11,28 @@ _BY_QUERIES = ("q", "selection_q")
 
 
 def check_alone(
-    trial: Trial, function: str, poisoned: tuple[str, ...], poison: float = torch.nan
+    trial: Trial,
+    function: str,
+    poisoned: tuple[str, ...],
+    poisons: tuple[float, ...] = (torch.nan, 100.0),
 ) -> None:
-    """Overwrite all sequences but one with `poison` and judge that one.
+    """Overwrite all sequences but one with one of `poisons` and judge that one.
+
+    NaN shows what is weighted by 0, and a large number what a maximum picks: on GPUs the maximum
+    of NaN and a number is the number.
 
     Args:
         trial: a case of several sequences; `choice` says which one is judged.
         function: the contract function.
         poisoned: names of the arguments to overwrite: packed by keys, by queries, by windows
             (`k_c1`, `k_c2`), or of shape `[HK, total_q, ...]`.
-        poison: the number to overwrite with.
+        poisons: the numbers to overwrite with, one for a case.
     """
     if len(trial.oracle.spans) < 2:
         return
     target = trial.oracle.spans[trial.case.choice % len(trial.oracle.spans)]
     given = trial.arguments(function)
+    poison = poisons[trial.case.seed % len(poisons)]
     for name in poisoned:
         clean = given[name]
         dirty = torch.full_like(clean, poison)

@@ -24,6 +24,9 @@ from .profiles import Profile
 from .trial import Trial
 
 SHRINK_SECONDS = 6.0
+BATCH = 9
+"""Cases of one Hypothesis run: from the tenth on it repeats parts of earlier ones, which here only
+gives five near-duplicates for each new case."""
 _NO_LIMITS = (
     HealthCheck.too_slow,
     HealthCheck.data_too_large,
@@ -91,8 +94,11 @@ class Runner:
             self.run_case(self.only, check)
             return
         failed: dict[Case, float] = {}
+        passed: set[Case] = set()
 
         def body(case: Case) -> None:
+            if case in passed:
+                return
             late = failed and time.monotonic() > next(iter(failed.values())) + SHRINK_SECONDS
             if late and case not in failed:
                 return  # the time to shrink is over: keep the smallest failure known
@@ -101,16 +107,21 @@ class Runner:
             except ConformanceFailure:
                 failed.setdefault(case, time.monotonic())
                 raise
+            passed.add(case)
 
-        test = hypothesis.given(strategy)(body)
-        for corner in reversed(corners):
-            test = hypothesis.example(corner)(test)
-        test = hypothesis.seed(self.seed ^ zlib.crc32(f"{self.rule}{self.function}".encode()))(test)
-        settings = self._settings(max(1, round(self.profile.examples * weight)))
-        try:
-            settings(test)()
-        except FlakyFailure as flaky:
-            raise self._unstable(flaky, next(iter(failed), None)) from None
+        left = max(1, round(self.profile.examples * weight))
+        for batch in range(-(-left // BATCH)):
+            test = hypothesis.given(strategy)(body)
+            for corner in reversed(corners if batch == 0 else ()):
+                test = hypothesis.example(corner)(test)
+            name = f"{self.rule}{self.function}{batch or ''}"
+            test = hypothesis.seed(self.seed ^ zlib.crc32(name.encode()))(test)
+            settings = self._settings(min(left, BATCH))
+            try:
+                settings(test)()
+            except FlakyFailure as flaky:
+                raise self._unstable(flaky, next(iter(failed), None)) from None
+            left -= BATCH
 
     def unclaimed(self, what: str) -> NoReturn:
         """End the rule as not claimed: the capabilities leave nothing to test."""

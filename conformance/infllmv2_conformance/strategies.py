@@ -29,6 +29,8 @@ BLOCKS = (
 """(block size, kernel size, kernel stride): the released one scaled, 1-stage, and odd ones."""
 MAX_PAIRS = 400_000
 """Most query-key pairs of a case, over all heads: what bounds a case's time on a CPU."""
+BLOCKS_AT_LEAST = 10
+"""The longest sequence has so many blocks, whatever the profile: else few would compete."""
 
 
 def shape_classes(claims: Capabilities, count: int) -> list[dict[str, Any]]:
@@ -84,6 +86,17 @@ def corner(
     return Case(sequences, **(shape | claimed | fields))
 
 
+def many_blocks(run: Runner, count: int = 100) -> list[Case]:
+    """Return a case with more blocks than any released budget, in the smallest claimed block."""
+    claims = run.candidate.capabilities
+    shapes = shape_classes(claims, run.profile.shape_classes)
+    shape = min(shapes, key=lambda s: (s["block_size"], s["group"] * s["head_dim"]))
+    keys = min(count * shape["block_size"], claims.longest_context)
+    keys = keys if claims.history else min(keys, int((MAX_PAIRS / shape["group"]) ** 0.5))
+    queries = 3 if claims.history else keys
+    return [corner(claims, shape, (queries, keys), kv_heads=1)]
+
+
 def lengths(shape: dict[str, Any], longest: int) -> st.SearchStrategy[int]:
     """Draw a number of keys: any, or a corner of windows and blocks, and one to either side."""
     size, stride, b = shape["kernel_size"], shape["kernel_stride"], shape["block_size"]
@@ -107,6 +120,7 @@ def cases(
     dense: bool = False,
     spare_budget: bool = True,
     use_nope: bool = False,
+    competing: bool = False,
 ) -> st.SearchStrategy[Case]:
     """Draw cases for a rule.
 
@@ -123,10 +137,12 @@ def cases(
         dense: draw `dense_len` near the lengths, instead of always sparse.
         spare_budget: the budget may exceed the forced blocks.
         use_nope: draw `use_nope` too, if claimed.
+        competing: the first sequence has more blocks than the budget, so that its last rows pass
+            some over: for rules that show through the selection alone.
     """
     claims = run.candidate.capabilities
     classes = shape_classes(claims, run.profile.shape_classes)
-    longest = min(max_keys or run.profile.max_keys, claims.longest_context)
+    longest = max_keys or run.profile.max_keys
     modes = [m for m in lse if m in claims.lse_modes]
     lowest = 0 if claims.empty_sequences else 1
     at_least, at_most = max(min_sequences, 1), max_sequences if claims.packed else 1
@@ -134,26 +150,33 @@ def cases(
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
         shape = draw(st.sampled_from(classes))
-        keys = lengths(shape, longest).filter(lambda s: s >= max(min_keys, lowest))
+        window_blocks = draw(st.integers(0, 3))
+        init_blocks = draw(st.sampled_from((1, 0, 2)))
+        extra = draw(st.integers(1 if competing else 0, 5)) if spare_budget else 0
+        override = draw(st.sampled_from((None, max(window_blocks, 1))))
+        local_blocks = override or window_blocks + 1
+        budget = init_blocks + local_blocks + extra
+        most_keys = longest if max_keys else max(longest, BLOCKS_AT_LEAST * shape["block_size"])
+        most_keys = min(most_keys, claims.longest_context)
+        keys = lengths(shape, most_keys).filter(lambda s: s >= max(min_keys, lowest))
         sequences: list[tuple[int, int]] = []
         room = max(MAX_PAIRS // (shape["group"] * shape["kv_heads"]), 1)
-        for _ in range(draw(st.integers(min(at_least, at_most), at_most))):
+        for i in range(draw(st.integers(min(at_least, at_most), at_most))):
             num_keys = draw(keys)
+            if competing and i == 0:
+                blocks = budget + 1 + draw(st.integers(0, 3))
+                num_keys = blocks * shape["block_size"] + draw(st.integers(0, shape["block_size"]))
+                num_keys = min(num_keys, claims.longest_context)
             most = min(num_keys, max(room // max(num_keys, 1), 1))
             num_queries = num_keys
             if not supply and not claims.history:
                 num_keys = num_queries = min(num_keys, int(room**0.5))
             elif not supply:
-                corners = [t for t in (num_keys, 1, 0) if lowest <= t <= most]
+                corners = [t for t in (num_keys, 1) if lowest <= t <= most]
                 num_queries = draw(
                     st.one_of(st.sampled_from(corners or [most]), st.integers(lowest, most))
                 )
             sequences.append((num_queries, num_keys))
-        window_blocks = draw(st.integers(0, 3))
-        init_blocks = draw(st.sampled_from((1, 0, 2)))
-        extra = draw(st.integers(0, 5)) if spare_budget else 0
-        override = draw(st.sampled_from((None, max(window_blocks, 1))))
-        local_blocks = override or window_blocks + 1
         return Case(
             sequences=tuple(sequences),
             **shape,
@@ -161,7 +184,7 @@ def cases(
             init_blocks=init_blocks,
             window_size=window_blocks * shape["block_size"],
             local_override=override,
-            topk=init_blocks + local_blocks - window_blocks + extra,
+            topk=budget - window_blocks,
             dense_len=draw(_dense_lens(sequences)) if dense else -1,
             use_nope=draw(st.booleans()) if use_nope and claims.use_nope else False,
             lse=draw(st.sampled_from(modes)) if modes else "approximate",

@@ -14,7 +14,7 @@ from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.selections import pack_selected, random_selection
-from infllmv2_conformance.strategies import cases
+from infllmv2_conformance.strategies import cases, many_blocks
 from infllmv2_conformance.trial import Trial
 
 FUNCTION = "attend"
@@ -49,7 +49,7 @@ def test_causal(run: Runner) -> None:
         for span in trial.oracle.spans:
             row = trial.case.choice % (span.num_queries + 1)
             start = span.num_keys - span.num_queries + row
-            k[span.keys][start:], v[span.keys][start:] = 40, 3e4
+            k[span.keys][start:], v[span.keys][start:] = 3e4, 3e4
             early.append(torch.arange(span.num_queries) < row)
         pieces = trial.run(FUNCTION, given | {"k": k, "v": v})
         for span, piece, rows in zip(trial.oracle.spans, pieces, early, strict=True):
@@ -139,7 +139,7 @@ def test_equals_dense(run: Runner) -> None:
         given = _arguments(trial, [trial.oracle.everything(s) for s in trial.oracle.spans])
         trial.check(FUNCTION, given)
 
-    run.cases(cases(run), check, weight=0.7)
+    run.cases(cases(run), check, corners=many_blocks(run), weight=0.7)
 
 
 @rule("attend.packed-alone")

@@ -23,7 +23,7 @@ def test_one_token(run: Runner) -> None:
 
     def program(case: Case) -> str:
         num_keys = case.sequences[0][1]
-        last = min(num_keys, 3 * case.kernel_stride + 2)
+        last = min(num_keys, 3 * case.kernel_stride + 2, 30)
         return write_steps([("a", (num_keys - last,)), *[("a", (1,)), ("d", (1,))] * last])
 
     _run(run, program, batch=1)
@@ -36,7 +36,8 @@ def test_several_tokens(run: Runner) -> None:
     def program(case: Case) -> str:
         size = 2 + case.choice % (3 * case.kernel_stride)
         chunks = min(case.sequences[0][1] // size, 6)
-        return write_steps([("a", (size,)), ("d", (size,))] * chunks)
+        prompt = case.sequences[0][1] - chunks * size if case.choice % 2 else 0
+        return write_steps([("a", (prompt,)), *[("a", (size,)), ("d", (size,))] * chunks])
 
     _run(run, program, batch=1)
 
@@ -78,7 +79,8 @@ def test_windows(run: Runner) -> None:
             machine.check_windows()
 
     drawn = cases(run, supply=True, max_keys=200, min_sequences=1, min_keys=1, regimes=REGIMES)
-    run.cases(_with_steps(drawn, "a"), check, weight=0.7)
+    operations = "aar" if run.candidate.offers("reset") else "a"
+    run.cases(_with_steps(drawn, operations), check, weight=0.7)
 
 
 @rule("decode.state-machine")
@@ -92,20 +94,41 @@ def test_state_machine(run: Runner) -> None:
         min_keys=1,
         regimes=REGIMES,
         use_nope=True,
+        competing=True,
     )
-    run.cases(_with_steps(drawn, "aaddr"), _check, weight=1.5)
+    run.cases(_with_steps(drawn, "aaddr", prompt=True), _check, weight=1.2)
+    run.cases(drawn.map(_rewritten), _check, weight=0.5)
 
 
 def _check(trial: Trial) -> None:
     Machine(trial).run(parse_steps(trial.case.steps))
 
 
-def _with_steps(drawn: st.SearchStrategy[Case], operations: str) -> st.SearchStrategy[Case]:
-    return drawn.flatmap(
-        lambda case: programs(len(case.sequences), 60, operations).map(
-            lambda steps: replace(case, steps=steps)
-        )
-    )
+def _rewritten(case: Case) -> Case:
+    """Fill the cache, take two thirds back, and fill it with other tokens."""
+    lengths = [keys for _, keys in case.sequences]
+    steps = [
+        ("a", tuple(lengths)),
+        ("r", tuple(2 * n // 3 for n in lengths)),
+        ("a", tuple(lengths)),
+        ("d", (2,)),
+    ]
+    sequences = tuple((2 * n, 2 * n) for n in lengths)
+    return replace(case, sequences=sequences, steps=write_steps(steps))
+
+
+def _with_steps(
+    drawn: st.SearchStrategy[Case], operations: str, prompt: bool = False
+) -> st.SearchStrategy[Case]:
+    """Add a program, after a `prompt` of two thirds of the keys if that is asked for."""
+
+    def add(case: Case) -> st.SearchStrategy[Case]:
+        first = ("a", tuple(2 * keys // 3 for _, keys in case.sequences))
+        start = write_steps([first]) + "-" if prompt else ""
+        steps = programs(len(case.sequences), 60, operations)
+        return steps.map(lambda program: replace(case, steps=start + program))
+
+    return drawn.flatmap(add)
 
 
 def _run(
@@ -122,6 +145,7 @@ def _run(
         max_sequences=batch,
         min_keys=1,
         regimes=REGIMES,
+        competing=True,
     )
 
     def with_program(case: Case) -> Case:

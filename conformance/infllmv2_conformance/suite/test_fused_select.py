@@ -16,15 +16,15 @@ from infllmv2_conformance.trial import Trial
 @rule("score_blocks.values")
 def test_score_blocks(run: Runner) -> None:
     """Compare the scores of the blocks that compete; those of forced blocks are free."""
-    run.cases(cases(run), lambda trial: trial.check("score_blocks"))
+    run.cases(cases(run, competing=True), lambda trial: trial.check("score_blocks"))
 
 
 @rule("score_blocks.packed-alone")
 def test_score_blocks_packed_alone(run: Runner) -> None:
-    """Overwrite all other sequences of the batch with large numbers."""
+    """Overwrite all other sequences of the batch."""
     run.cases(
-        cases(run, min_sequences=2, regimes=WITHOUT_OVERFLOW),
-        lambda trial: check_alone(trial, "score_blocks", ("q", "k_c1", "k_c2"), 100.0),
+        cases(run, min_sequences=2, competing=True, regimes=WITHOUT_OVERFLOW),
+        lambda trial: check_alone(trial, "score_blocks", ("q", "k_c1", "k_c2")),
         weight=0.5,
     )
 
@@ -32,7 +32,8 @@ def test_score_blocks_packed_alone(run: Runner) -> None:
 @rule("fused_select.certificate")
 def test_certificate(run: Runner) -> None:
     """Ask of every block passed over whether the bounds allow it."""
-    run.cases(cases(run), lambda trial: trial.check("select"), weight=2)
+    run.cases(cases(run, competing=True), lambda trial: trial.check("select"), weight=1.5)
+    run.cases(cases(run), lambda trial: trial.check("select"), weight=0.5)
 
 
 @rule("fused_select.ties")
@@ -58,7 +59,7 @@ def test_ties(run: Runner) -> None:
             check_certificate(selected, scores, span, oracle.config, ties=True)
 
     modes = run.candidate.capabilities.lse_modes
-    drawn = cases(run, min_keys=1, lse=modes)
+    drawn = cases(run, min_keys=1, lse=modes, competing=True)
     exact_sums = drawn.filter(lambda case: case.lse == "approximate" or case.group <= 2)
     groups = run.candidate.capabilities.group_sizes or (1,)
     if "approximate" not in modes and min(groups) > 2:
@@ -75,9 +76,9 @@ def test_format(run: Runner) -> None:
 
 @rule("fused_select.packed-alone")
 def test_packed_alone(run: Runner) -> None:
-    """Overwrite all other sequences of the batch with large numbers."""
+    """Overwrite all other sequences of the batch."""
     run.cases(
-        cases(run, min_sequences=2, regimes=WITHOUT_OVERFLOW),
-        lambda trial: check_alone(trial, "select", ("q", "k_c1", "k_c2"), 100.0),
+        cases(run, min_sequences=2, competing=True, regimes=WITHOUT_OVERFLOW),
+        lambda trial: check_alone(trial, "select", ("q", "k_c1", "k_c2")),
         weight=0.5,
     )

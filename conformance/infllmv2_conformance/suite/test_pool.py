@@ -46,7 +46,7 @@ def test_packed_alone(run: Runner) -> None:
     """Overwrite the scores of all other sequences of the batch."""
     run.cases(
         cases(run, min_sequences=2),
-        lambda trial: check_alone(trial, FUNCTION, ("scores",), 1e30),
+        lambda trial: check_alone(trial, FUNCTION, ("scores",), (torch.nan, 1e30)),
         weight=0.5,
     )
 

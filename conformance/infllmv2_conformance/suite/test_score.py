@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from infllmv2_conformance.cases import Case
+from infllmv2_conformance.cases import WITHOUT_OVERFLOW, Case
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -19,7 +19,7 @@ MODERATE = ("normal", "peaked", "integers", "needles", "correlated", "tiny")
 def test_values_exact(run: Runner) -> None:
     """Compare with the oracle, normalised over K_C1."""
     if "exact" in run.candidate.capabilities.lse_modes:
-        run.cases(cases(run, lse=("exact",)), _check)
+        run.cases(cases(run, lse=("exact",), regimes=WITHOUT_OVERFLOW), _check)
     else:
         run.unclaimed("lse_modes 'exact'")
 
@@ -28,7 +28,7 @@ def test_values_exact(run: Runner) -> None:
 def test_values_approximate(run: Runner) -> None:
     """Compare with the oracle, normalised over K_C2."""
     if "approximate" in run.candidate.capabilities.lse_modes:
-        run.cases(cases(run, lse=("approximate",)), _check)
+        run.cases(cases(run, lse=("approximate",), regimes=WITHOUT_OVERFLOW), _check)
     else:
         run.unclaimed("lse_modes 'approximate'")
 
@@ -84,7 +84,8 @@ def test_group_sum(run: Runner) -> None:
     """Silence all query heads but one: only its own key/value head may score by its keys."""
 
     def check(trial: Trial) -> None:
-        head = trial.case.choice % trial.case.query_heads
+        heads = trial.case.query_heads
+        head = heads - 1 if trial.case.choice % 3 == 0 else trial.case.choice % heads
         q = torch.zeros_like(trial.inputs.q)
         q[:, head] = trial.inputs.q[:, head]
         trial.check(FUNCTION, trial.arguments(FUNCTION, q=q), against=trial.changed(q=q))
@@ -97,7 +98,7 @@ def test_shift(run: Runner) -> None:
     """Shift all keys by one integer vector: all logits of a row move alike, no score does."""
 
     def check(trial: Trial) -> None:
-        shift = torch.arange(trial.case.head_dim, device=trial.device) % 3 * 2
+        shift = torch.arange(trial.case.head_dim, device=trial.device) % 3 * 24
         k = trial.inputs.k + shift.to(trial.inputs.k.dtype)
         shifted = trial.changed(k=k)
         k_c1, _ = shifted.packed_windows(0)
@@ -126,7 +127,7 @@ def test_no_normaliser(run: Runner) -> None:
 @rule("score.large-logits")
 def test_large_logits(run: Runner) -> None:
     """Feed logits of several hundred: NaN is never right, infinity only where the bound says so."""
-    run.cases(cases(run, min_keys=1, regimes=("huge",)), _check, weight=0.5)
+    run.cases(cases(run, min_keys=1, regimes=("huge",)), _check)
 
 
 @rule("score.packed-alone")

@@ -12,7 +12,7 @@ from infllmv2_conformance.masks import competing_blocks, visible_blocks
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
-from infllmv2_conformance.strategies import cases
+from infllmv2_conformance.strategies import cases, many_blocks
 from infllmv2_conformance.trial import Trial
 
 FUNCTION = "select_blocks"
@@ -85,7 +85,7 @@ def test_budget_covers_all(run: Runner) -> None:
         wide = trial.on(trial.case.sequences, trial.inputs, topk=topk)
         _check(wide, _random)
 
-    run.cases(cases(run), check, weight=0.5)
+    run.cases(cases(run), check, corners=many_blocks(run), weight=0.5)
 
 
 @rule("select.forced-not-read")
@@ -104,8 +104,8 @@ def test_forced_not_read(run: Runner) -> None:
 def test_packed_alone(run: Runner) -> None:
     """Overwrite the scores of all other sequences of the batch."""
     run.cases(
-        cases(run, min_sequences=2),
-        lambda trial: check_alone(trial, FUNCTION, ("block_scores",), 1e30),
+        cases(run, min_sequences=2, competing=True),
+        lambda trial: check_alone(trial, FUNCTION, ("block_scores",), (torch.nan, 1e30)),
         weight=0.5,
     )
 

@@ -1,0 +1,1 @@
+"""Deliberately wrong implementations, which measure what the suite can catch."""

@@ -1,0 +1,375 @@
+"""Wrong attention over given blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllmv2_conformance.mutants.model import Around, Edit, Mutant
+
+from .faults import Arguments, shared_scale
+
+_ADMITTED = "admitted = (selected[..., None] >= 0) & (tokens <= positions[:, None, None])"
+_SPARSE_TILE = "return _tile(tokens.flatten(2), admitted.flatten(2))"
+_TOP = "top = logits.amax(dim=-1, keepdim=True)"
+_LSE = "top + total.log()"
+_VALUES = "values = weights @ tile.gather(values, q.dtype)"
+_GATHER = "return gathered.masked_fill_(~self.admitted[..., None], 0).to(dtype)"
+_MASK = (
+    "logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n"
+    "    return logits.masked_fill_(~tile.admitted[:, :, None], -torch.inf)"
+)
+_USED = "used = min(slots, last // block_size + 1)"
+_ROWS = "return x[place.keys].reshape(-1, x.shape[2])"
+
+
+def _attend(before: str, after: str) -> Edit:
+    return Edit("attend", before, after)
+
+
+def _tiles(before: str, after: str) -> Edit:
+    return Edit("tiles", before, after)
+
+
+_SOFT_MASK = (
+    _tiles("    admitted: Tensor\n\n", "    admitted: Tensor\n    strict: object = None\n\n"),
+    _attend(
+        _MASK,
+        f"{_MASK.splitlines()[0]}\n"
+        "    if tile.strict is not None:\n"
+        "        logits = logits - 1e4 * ~tile.strict[:, :, None]\n"
+        "    return logits.masked_fill_(~tile.admitted[:, :, None], -torch.inf)",
+    ),
+)
+"""A tile may admit tokens that are masked by a finite number."""
+
+FINITE_CAUSAL_MASK = (
+    *_SOFT_MASK,
+    _tiles(
+        _SPARSE_TILE,
+        "heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
+        "    there = tokens.clamp(min=0, max=int(positions[-1])).flatten(2) * len(tokens) + heads\n"
+        "    soft = (tokens <= positions[-1]) & (selected[..., None] >= 0)\n"
+        "    return Tile(there, soft.flatten(2), admitted.flatten(2))",
+    ),
+)
+"""Future tokens of a selected block are masked by a finite number."""
+
+_FINITE_SPARSE_MASK = (
+    *_SOFT_MASK,
+    _tiles(
+        _SPARSE_TILE,
+        "every = torch.arange(int(positions[-1]) + 1, device=tokens.device)\n"
+        "    hits = (selected[..., None] == every // block_size).any(dim=2)\n"
+        "    soft = hits.any(dim=-1, keepdim=True) & (every <= positions[:, None])\n"
+        "    heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
+        "    return Tile((every * len(tokens)).expand_as(hits) + heads, soft, hits)",
+    ),
+    _tiles(
+        "step = max(1, min(slots, CHUNK_BYTES // max(1, sizes.bytes(block_size))))",
+        "step = max(slots, 1)",
+    ),
+)
+"""Tokens of blocks that are not selected are masked by a finite number."""
+
+
+def _cached_by_keys() -> Callable[..., Any]:
+    """Return a body that remembers the last result for a content of q, k and selection."""
+    last: dict[str, Any] = {}
+
+    def body(inner: Callable[..., Any], given: Arguments) -> Any:
+        read = [given[n].detach().clone() for n in ("q", "k", "selected", "cu_seqlens_q")]
+        if last and not given["v"].requires_grad:
+            known = last["read"]
+            if all(
+                a.shape == b.shape and torch.equal(a, b) for a, b in zip(read, known, strict=True)
+            ):
+                return last["result"]
+        last["read"], last["result"] = read, inner(**given)
+        return last["result"]
+
+    return body
+
+
+def _wrapped_offsets(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Read rows of keys and values at offsets that overflow, at 2^15 instead of 2^31 elements."""
+    for name in ("k", "v"):
+        x: Tensor = given[name]
+        row = max(x.shape[1] * x.shape[2], 1)
+        rows = torch.arange(len(x), device=x.device)
+        given[name] = x[rows % ((1 << 15) // row + 1)] if len(x) else x
+    return inner(**given)
+
+
+MUTANTS = (
+    Mutant(
+        "attend.diagonal-mask",
+        "attend.values",
+        "Tokens are masked by the last query of the call, not by each one.",
+        "The causal mask left out of a block kernel, because blocks are causal.",
+        (_tiles("(tokens <= positions[:, None, None])", "(tokens <= positions[-1])"),),
+    ),
+    Mutant(
+        "attend.history-ignored",
+        "attend.values",
+        "Queries are placed at the start of their keys, in the causal mask alone.",
+        "Top-left aligned masks.",
+        (
+            _tiles(
+                "blocks, at = selected[:, chunk, :used], positions[chunk]",
+                "blocks, at = selected[:, chunk, :used], positions[chunk] - positions[0]",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.no-scale",
+        "attend.values",
+        "Logits are not scaled by 1 / sqrt(D).",
+        "The paper's Eq. 5 and 8 read literally.",
+        (_attend("logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n", "logits = rows @ k.mT\n"),),
+    ),
+    Mutant(
+        "attend.neighbour-keys",
+        "attend.values",
+        "Keys and values are read one row early.",
+        "An offset of the sequence before.",
+        (_attend(_ROWS, "return x.roll(1, 0)[place.keys].reshape(-1, x.shape[2])"),),
+    ),
+    Mutant(
+        "attend.block-lost-for-one-head",
+        "attend.values",
+        "The last selected block is dropped for the last key/value head.",
+        "A loop over slots that ends one early for a ragged tile.",
+        (
+            _tiles(
+                _ADMITTED,
+                f"{_ADMITTED}\n    if selected.shape[2] > 1:\n        admitted[-1, :, -1] = False",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.bf16-accumulation",
+        "attend.values",
+        "Sums of values are rounded to bfloat16 for every tile.",
+        "An accumulator kept in the output's dtype.",
+        (
+            _attend(
+                _VALUES, "values = (weights @ tile.gather(values, q.dtype)).bfloat16().to(q.dtype)"
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.fp16-accumulation",
+        "attend.values",
+        "Sums of values are rounded to float16: they overflow at 65504.",
+        "Half-precision accumulators, fast on consumer GPUs.",
+        (_attend(_VALUES, "values = (weights @ tile.gather(values, q.dtype)).half().to(q.dtype)"),),
+    ),
+    Mutant(
+        "attend.rounded-probabilities",
+        "attend.values",
+        "Probabilities are rounded to bfloat16, although float32 is declared.",
+        "FlashAttention's P tile: fine if it is said.",
+        (_attend(_VALUES, f"{_VALUES.replace('weights', 'weights.bfloat16().to(q.dtype)')}"),),
+    ),
+    Mutant(
+        "attend.naive-exponential",
+        "attend.values",
+        "No maximum is subtracted before the exponential.",
+        "Textbook softmax: overflows at logits of 88.",
+        (_attend(_TOP, "top = torch.zeros_like(logits[..., :1])"),),
+    ),
+    Mutant(
+        "attend.max-before-mask",
+        "attend.values",
+        "The row's maximum is taken over all loaded tokens, the masked ones included.",
+        "A maximum taken before the mask: harmless until a masked key is large.",
+        (
+            _tiles(
+                _SPARSE_TILE,
+                "heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
+                "    there = tokens.clamp(min=0, max=int(positions[-1])).flatten(2)\n"
+                "    return Tile(there * len(tokens) + heads, admitted.flatten(2))",
+            ),
+            _tiles(_GATHER, "return gathered.to(dtype)"),
+            _attend(
+                f"    {_TOP}\n",
+                "    every = tile.gather(keys, q.dtype)\n"
+                "    every = q.reshape(*every.shape[:2], -1, q.shape[-1]) @ every.mT\n"
+                "    top = (every * q.shape[-1] ** -0.5).amax(dim=-1, keepdim=True)\n"
+                "    top = torch.where(logits.amax(dim=-1, keepdim=True) == -torch.inf, -torch.inf, "
+                "top)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.offset-overflow",
+        "attend.values",
+        "Offsets overflow: rows of keys beyond 2^15 elements are read from the start.",
+        "32-bit offsets at 2^31 elements; here at fewer, so that it shows on small cases.",
+        wrap=Around(("attend",), _wrapped_offsets),
+    ),
+    Mutant(
+        "attend.lse-base-2",
+        "attend.lse",
+        "The LSE is in base 2.",
+        "exp2 kernels that forget to convert.",
+        (_attend(_LSE, f"({_LSE}) * 1.4426950408889634"),),
+    ),
+    Mutant(
+        "attend.lse-without-maximum",
+        "attend.lse",
+        "The LSE lacks the maximum that was subtracted.",
+        "The logarithm of a sum of shifted exponentials.",
+        (_attend(_LSE, "total.log()"),),
+    ),
+    Mutant(
+        "attend.lse-off-by-constant",
+        "attend.lse",
+        "The LSE is too large by 1e-4.",
+        "A constant epsilon added to the denominator.",
+        (_attend(_LSE, f"{_LSE} + 1e-4"),),
+    ),
+    Mutant(
+        "attend.token-lost-for-one-head",
+        "attend.every-token",
+        "Token 5 is dropped for the first key/value head.",
+        "A lane of a tile masked wrongly.",
+        (_tiles(_ADMITTED, f"{_ADMITTED}\n    admitted[0] &= tokens[0] != 5"),),
+    ),
+    Mutant(
+        "attend.own-token-lost",
+        "attend.every-token",
+        "A query does not attend its own token.",
+        "`<` for `<=` in the causal mask.",
+        (_tiles("(tokens <= positions[:, None, None])", "(tokens < positions[:, None, None])"),),
+    ),
+    Mutant(
+        "attend.next-token",
+        "attend.causal",
+        "A query attends the token behind it.",
+        "`<=` on an exclusive end.",
+        (
+            _tiles(
+                "(tokens <= positions[:, None, None])",
+                "(tokens <= (positions[:, None, None] + 1).clamp(max=positions[-1]))",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.finite-causal-mask",
+        "attend.causal",
+        "Future tokens of a selected block get -1e4 instead of -inf.",
+        "A mask made for half precision: a large key behind the query beats it.",
+        FINITE_CAUSAL_MASK,
+    ),
+    Mutant(
+        "attend.partial-block-lost",
+        "attend.partial-block",
+        "The last block is attended only if it is complete.",
+        "Floor division for the number of blocks.",
+        (
+            _tiles(
+                _ADMITTED,
+                f"{_ADMITTED}\n"
+                "    end = (int(positions[-1]) + 1) // block_size * block_size\n"
+                "    admitted &= tokens < end",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.last-token-lost",
+        "attend.partial-block",
+        "The last token of a partial block is dropped.",
+        "A tail handled in pairs of tokens.",
+        (
+            _tiles(
+                _ADMITTED,
+                f"{_ADMITTED}\n"
+                "    if (int(positions[-1]) + 1) % block_size % 2:\n"
+                "        admitted &= tokens < int(positions[-1])",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.empty-row-nan",
+        "attend.few-blocks",
+        "Rows with nothing to attend divide by zero.",
+        "0 / 0 in the last step of an online softmax.",
+        (_attend("out /= total_or_1[..., None]", "out /= total[..., None]"),),
+    ),
+    Mutant(
+        "attend.empty-row-lse",
+        "attend.few-blocks",
+        "Rows with nothing to attend have LSE 0.",
+        "-inf replaced by 0 to avoid NaN; it spoils a merge of partial results.",
+        (_attend(_LSE, f"torch.where(total == 0, 0, {_LSE})"),),
+    ),
+    Mutant(
+        "attend.finite-sparse-mask",
+        "attend.unselected-no-effect",
+        "All tokens are attended, those of unselected blocks with -1e4 added to their logits.",
+        "Sparsity by an additive mask made for half precision.",
+        _FINITE_SPARSE_MASK,
+    ),
+    Mutant(
+        "attend.masked-tokens-read",
+        "attend.unselected-not-read",
+        "Token 0 is loaded in place of every masked one, and weighted by 0.",
+        "Clamped addresses: 0 times NaN is NaN.",
+        (_tiles(_GATHER, "return gathered.to(dtype)"),),
+    ),
+    Mutant(
+        "attend.interleaved-heads",
+        "attend.group-mapping",
+        "Query head h reads key/value head h % HK.",
+        "torch.repeat for repeat_interleave.",
+        (
+            _attend(
+                "return x.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).contiguous()",
+                "return x.unflatten(1, (-1, num_kv_heads)).transpose(1, 2).transpose(0, 1)"
+                ".contiguous()",
+            ),
+            _attend(
+                "return x.transpose(0, 1).flatten(1, 2)",
+                "return x.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.first-selection-for-all",
+        "attend.group-mapping",
+        "All key/value heads attend the blocks of the first.",
+        "A block table shared by heads.",
+        (
+            _tiles(
+                "blocks, at = selected[:, chunk, :used]",
+                "blocks, at = selected[:1, chunk, :used].expand(len(selected), -1, -1)",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.cached-by-keys",
+        "attend.value-scale",
+        "The last result is returned again while q, k and the selection stay the same.",
+        "A prefix cache with a key that forgets the values.",
+        wrap=Around(("attend",), _cached_by_keys, fresh=True),
+    ),
+    Mutant(
+        "attend.at-most-16-blocks",
+        "attend.equals-dense",
+        "At most 16 blocks of a row are attended.",
+        "A block table of fixed size in shared memory.",
+        (_tiles(_USED, "used = min(slots, last // block_size + 1, 16)"),),
+    ),
+    Mutant(
+        "attend.batch-scale",
+        "attend.packed-alone",
+        "All queries of a batch share one scale.",
+        "Quantised products with one scale for a tensor.",
+        wrap=Around(("attend",), shared_scale("q")),
+    ),
+)

@@ -1,0 +1,42 @@
+"""Faults that several mutants share: bodies for `Around`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+Body = Callable[[Callable[..., Any], Arguments], Any]
+
+
+def shared_scale(*names: str) -> Body:
+    """Return a body that scales arguments by a power of two taken from the whole batch.
+
+    In binary arithmetic that changes nothing, unless the batch holds a NaN or an infinity.
+    """
+
+    def body(inner: Callable[..., Any], given: Arguments) -> Any:
+        for name in names:
+            given[name] = rescale(given[name])
+        return inner(**given)
+
+    return body
+
+
+def rescale(x: Tensor) -> Tensor:
+    """Divide by a power of two near the largest number, and multiply by it again."""
+    if x.numel() == 0 or not x.is_floating_point():
+        return x
+    scale = torch.exp2(x.detach().double().abs().amax().log2().ceil().clamp(min=-8, max=8))
+    return (x.double() / scale * scale).to(x.dtype)
+
+
+def behind(x: Tensor) -> Tensor | None:
+    """Return the element behind the end of a tensor, or None if its storage ends there."""
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if x.numel() == 0 or last + 1 >= x.untyped_storage().nbytes() // x.element_size():
+        return None
+    return x.as_strided((1,), (1,), last + 1)
