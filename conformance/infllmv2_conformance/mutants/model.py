@@ -59,7 +59,10 @@ class Composite:
 
 
 def _bind(body: Callable[..., Any], inner: Call) -> Call:
-    return lambda **arguments: body(inner, arguments)
+    def call(**arguments: Any) -> Any:
+        return body(inner, arguments)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -200,8 +200,8 @@ MUTANTS = (
                 "    every = tile.gather(keys, q.dtype)\n"
                 "    every = q.reshape(*every.shape[:2], -1, q.shape[-1]) @ every.mT\n"
                 "    top = (every * q.shape[-1] ** -0.5).amax(dim=-1, keepdim=True)\n"
-                "    top = torch.where(logits.amax(dim=-1, keepdim=True) == -torch.inf, -torch.inf, "
-                "top)\n",
+                "    none = logits.amax(dim=-1, keepdim=True) == -torch.inf\n"
+                "    top = top.masked_fill(none, -torch.inf)\n",
             ),
         ),
     ),

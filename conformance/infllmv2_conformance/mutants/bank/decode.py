@@ -5,6 +5,7 @@ from __future__ import annotations
 from infllmv2_conformance.mutants.model import Edit, Mutant
 
 from .attention import switch
+from .faults import positions
 
 _COUNTS = "first, last = num_windows(start, size, stride), num_windows(end, size, stride)"
 _STORE = "windows[sequence, first:last] = compress(keys, size, stride, first)"
@@ -66,11 +67,7 @@ MUTANTS = (
         "All query rows of a decode take the position of the last.",
         "A decode kernel for one token, used for several.",
         (
-            Edit(
-                "places",
-                "return torch.arange(self.num_keys - self.num_queries, self.num_keys, device=device)",
-                "return torch.full((self.num_queries,), self.num_keys - 1, device=device)",
-            ),
+            positions("torch.full((self.num_queries,), self.num_keys - 1, device=device)"),
         ),
         functions=CACHE,
     ),

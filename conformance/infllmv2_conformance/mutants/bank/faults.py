@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllmv2_conformance.mutants.model import Edit
+
 Arguments = dict[str, Any]
 Body = Callable[[Callable[..., Any], Arguments], Any]
+
+
+def positions(after: str) -> Edit:
+    """Return the edit that places the queries of a sequence otherwise."""
+    before = "return torch.arange(self.num_keys - self.num_queries, self.num_keys, device=device)"
+    return Edit("places", before, f"return {after}")
 
 
 def shared_scale(*names: str) -> Body:

@@ -8,7 +8,7 @@ from typing import Any
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import Arguments, shared_scale
+from .faults import Arguments, positions, shared_scale
 
 _LSE = "lse = normaliser.logsumexp(dim=-1, keepdim=True)"
 _SCALE = "logits = logits.mul_(head_dim**-0.5).view("
@@ -107,13 +107,7 @@ MUTANTS = (
         "score.values-exact",
         "Queries are placed at the start of their keys instead of the end.",
         "Top-left aligned causal masks, as in FlashAttention before 2.1.",
-        (
-            Edit(
-                "places",
-                "return torch.arange(self.num_keys - self.num_queries, self.num_keys, device=device)",
-                "return torch.arange(self.num_queries, device=device)",
-            ),
-        ),
+        (positions("torch.arange(self.num_queries, device=device)"),),
     ),
     Mutant(
         "score.first-history-for-all",
@@ -128,11 +122,7 @@ MUTANTS = (
                 "cu_seqlens_k), None)\n    _HISTORY = first and first.num_keys - "
                 "first.num_queries\n",
             ),
-            Edit(
-                "places",
-                "return torch.arange(self.num_keys - self.num_queries, self.num_keys, device=device)",
-                "return torch.arange(_HISTORY, _HISTORY + self.num_queries, device=device)",
-            ),
+            positions("torch.arange(_HISTORY, _HISTORY + self.num_queries, device=device)"),
         ),
         functions=_FUNCTIONS,
     ),

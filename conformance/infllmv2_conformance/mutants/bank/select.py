@@ -24,7 +24,7 @@ def _edit(before: str, after: str) -> tuple[Edit, ...]:
 
 
 def _batch_maximum(inner: Callable[..., Any], given: Arguments) -> Any:
-    """Shift scores by the largest one of block 0, which no rule but one on neighbours makes large."""
+    """Shift scores by the largest one of block 0: only a rule on neighbours makes it large."""
     scores = given["block_scores"].double()
     first = scores[..., 0] if scores.shape[-1] else scores.new_zeros(1)
     shift = first.nan_to_num(nan=0, posinf=0, neginf=0).amax() if first.numel() else 0
@@ -150,7 +150,8 @@ MUTANTS = (
             "result = selected.scatter_(-1, column, ids)[..., :budget]\n"
             "    if budget > 2:\n"
             "        late = (result[..., -1:] < 0) & (result[..., 1:2] >= 0)\n"
-            "        moved = torch.cat([result[..., :1], result[..., -1:], result[..., 1:-1]], -1)\n"
+            "        parts = result[..., :1], result[..., -1:], result[..., 1:-1]\n"
+            "        moved = torch.cat(parts, -1)\n"
             "        result = torch.where(late, moved, result)\n    return result",
         ),
     ),
