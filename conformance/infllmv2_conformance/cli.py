@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .child import Order
 from .errors import UsageError
+from .mutants.command import mutants
 from .names import FUNCTIONS, STAGES, check_names
 from .profiles import PROFILES
 from .report import Run, check_folder, write_reports
@@ -156,6 +157,9 @@ def capabilities(impl: Impl) -> None:
     for name, value in facts.items():
         words = Text.assemble((f"{name:<{width}}  ", "bold"), _words(value))
         console.print(words, soft_wrap=True)
+
+
+app.command()(mutants)
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Find an implementation by a built-in name, an entry point, a module attribute or a file."""
+"""Find an implementation by a built-in name, an entry point, a module attribute or a file.
+
+A name that begins with `mutant:` is one of the deliberately wrong implementations of `mutants/`.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ BUILT_IN = {
     "infllm_v2": "infllmv2_impls.adapters.infllm_v2:IMPLEMENTATION",
 }
 ENTRY_POINTS = "infllmv2.impls"
+MUTANT = "mutant:"
 FORMS = "a known name, 'pkg.module:ATTR' or 'path/file.py:ATTR'"
 
 
@@ -37,11 +41,15 @@ def load(spec: str) -> Candidate:
 
     Args:
         spec: a built-in name, the name of an entry point of the group `infllmv2.impls`,
-            `pkg.module:ATTR`, `path/file.py:ATTR`, or a module or file alone.
+            `pkg.module:ATTR`, `path/file.py:ATTR`, a module or file alone, or `mutant:ID`.
 
     Raises:
         LoadError: it cannot be found or imported, or what it names is no implementation.
     """
+    if spec.startswith(MUTANT):
+        from .mutants.build import load_mutant
+
+        return load_mutant(spec.removeprefix(MUTANT))
     target = _find(spec)
     if inspect.isclass(target):
         target = _guard(spec, f"{target.__name__}()", target)

@@ -13,6 +13,8 @@ FUNCTIONS = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule
 
 FEW, MANY = 4, 20
 """Up to how many names all are listed instead of the one that is meant, or at all."""
+LISTS = {"rule": "infllmv2 rules", "mutant": "infllmv2 mutants --list"}
+"""Commands that list what is too much for a line."""
 
 
 def check_names(what: str, names: Sequence[str] | None, known: Iterable[str]) -> None:
@@ -31,5 +33,5 @@ def check_names(what: str, names: Sequence[str] | None, known: Iterable[str]) ->
 
 def _list(what: str, known: list[str]) -> str:
     if len(known) > MANY:
-        return f"'infllmv2 rules' lists every {what}"
+        return f"'{LISTS[what]}' lists every {what}"
     return f"known: {', '.join(known)}"

@@ -18,6 +18,9 @@ from .bounds import Bounded
 from .capabilities import Arithmetic
 from .cases import Case
 from .inputs import Inputs
+from .memory import remembered
+
+_select = remembered(select_blocks)
 
 
 class Oracle:
@@ -114,7 +117,7 @@ class Oracle:
     def selected(self) -> list[Tensor]:
         """Return the selection of every sequence, int32 `[HK, T, K]`."""
         return [
-            select_blocks(score.value, span.num_keys, self.config)
+            _select(score.value, span.num_keys, self.config)
             for score, span in zip(self.block_scores, self.spans, strict=True)
         ]
 

@@ -18,29 +18,27 @@ from typing import Any
 from infllmv2_conformance.candidate import Candidate
 from infllmv2_conformance.capabilities import Capabilities
 from infllmv2_conformance.errors import UsageError
+from infllmv2_conformance.loading import MUTANT
+from infllmv2_conformance.names import check_names
 
 from .model import Composite, Edit, Mutant
 
 ORIGINAL = "infllmv2_impls.eager"
 ATTRIBUTE = "IMPLEMENTATION"
-PREFIX = "mutant:"
 
 
 class MutantError(UsageError):
     """A mutant cannot be built: it is unknown, or its edits no longer fit the source."""
 
 
-def load_mutant(spec: str) -> Candidate:
-    """Return the mutant that `mutant:<id>` names.
+def load_mutant(name: str) -> Candidate:
+    """Return the mutant of an id, as `mutant:<id>` names it on the command line.
 
     Raises:
         MutantError: there is none of this id, or it cannot be built.
     """
-    from infllmv2_conformance.names import check_names
-
     from .bank import MUTANTS
 
-    name = spec.removeprefix(PREFIX)
     check_names("mutant", [name], MUTANTS)
     return build(MUTANTS[name])
 
@@ -59,7 +57,7 @@ def build(mutant: Mutant) -> Candidate:
         changed = {name: getattr(target, name) for name in mutant.functions}
         target = Composite(getattr(pristine(), ATTRIBUTE), changed)
     claims = Capabilities.from_mapping(getattr(copy, ATTRIBUTE).capabilities)
-    return Candidate(PREFIX + mutant.id, target, replace(claims, **mutant.claims))
+    return Candidate(f"{MUTANT}{mutant.id}", target, replace(claims, **mutant.claims))
 
 
 @cache

@@ -1,27 +1,19 @@
-"""Run the bank against the suite: which rule kills which mutant, and after how many cases."""
+"""The kill matrix as data: which rule kills which mutant, and what is wrong with that."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import torch
-
 from infllmv2_conformance.names import STAGES
-from infllmv2_conformance.profiles import PROFILES
-from infllmv2_conformance.rules import RULES, Rule
+from infllmv2_conformance.rules import RULES
 
-from .bank import MUTANTS
-from .build import build
-from .model import Mutant
-from .reach import affected
 from .reasons import REASONS
-from .suite_tests import Outcome, apply, targets
+from .suite_tests import Outcome
 
 LUCKY = 10
 """A kill that needs more cases than these may fail to happen with another seed."""
+LEAST_SHARE = {"quick": 0.95}
+"""The share of the mutants that a profile must kill, if not all."""
 
 
 @dataclass(frozen=True)
@@ -55,121 +47,89 @@ class Row:
         """Return kills at a stage before its own."""
         return [o for o in self.kills if _comes_before(o.rule, self.expected.rule)]
 
+    @property
+    def seconds(self) -> float:
+        """Return how long all its rules took."""
+        return sum(outcome.seconds for outcome in (self.expected, *self.others))
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """Hold the kill matrix of some mutants."""
+    """Hold the kill matrix of some mutants.
+
+    Args:
+        rows: what became of each.
+        profile: the profile of the rules that must kill.
+        seed: what the search started from.
+        whole: whether all mutants were run.
+        seconds: how long it took.
+    """
 
     rows: tuple[Row, ...]
     profile: str
     seed: int
+    whole: bool
+    seconds: float = 0.0
 
     @property
     def survivors(self) -> list[Row]:
-        """Return the mutants that no rule killed."""
-        return [row for row in self.rows if not row.kills]
-
-    @property
-    def missed(self) -> list[Row]:
-        """Return the mutants that the expected rule did not kill."""
+        """Return the mutants that the rule which must kill them did not kill."""
         return [row for row in self.rows if not row.expected.killed]
 
     @property
-    def early(self) -> list[Row]:
-        """Return the mutants that were killed at a stage before their own."""
-        return [row for row in self.rows if row.early]
+    def share(self) -> float:
+        """Return the share of the mutants that were killed by the rule which must."""
+        return 1 - len(self.survivors) / len(self.rows) if self.rows else 0.0
 
     @property
-    def idle(self) -> list[str]:
-        """Return the rules that killed nothing."""
-        busy = {kill.rule for row in self.rows for kill in row.kills}
-        return [rule for rule in RULES if rule not in busy]
+    def lucky(self) -> list[Row]:
+        """Return the mutants whose kill needed many cases."""
+        return [row for row in self.rows if row.expected.killed and row.expected.cases > LUCKY]
 
-    @property
-    def never_first(self) -> list[str]:
-        """Return the rules that killed no mutant first, and for which no reason is written."""
-        first = {row.first.rule for row in self.rows if row.first}
-        return [rule for rule in RULES if rule not in first and rule not in REASONS]
+    def kills(self, rule: str) -> list[str]:
+        """Return the mutants that a rule killed, of those that it ran against."""
+        return [row.mutant for row in self.rows if any(o.rule == rule for o in row.kills)]
 
-    def problems(self, whole: bool) -> list[str]:
-        """Return what is wrong, in words; `whole` says whether all mutants were run."""
-        found = [f"{row.mutant} survives" for row in self.survivors]
-        found += [
-            f"{row.mutant} is not killed by {row.expected.rule}" for row in self.missed if row.kills
-        ]
-        found += [f"{row.mutant} is killed too early, by {row.early[0].rule}" for row in self.early]
-        if whole:
-            found += [f"the rule {rule} kills nothing" for rule in self.idle]
-            found += [
-                f"the rule {rule} kills nothing first, and no reason is given"
-                for rule in self.never_first
-            ]
+    def first_kills(self, rule: str) -> list[str]:
+        """Return the mutants that a rule killed before any other did."""
+        return [row.mutant for row in self.rows if row.first and row.first.rule == rule]
+
+    def problems(self) -> list[str]:
+        """Return what is wrong, in words."""
+        found = [f"{row.mutant} is killed too early, by {_name(row.early[0])}" for row in self._early]
+        least = LEAST_SHARE.get(self.profile, 1.0)
+        if self.share < least:
+            found += [self._survival(row) for row in self.survivors]
+        if self.share < least < 1:
+            found.append(f"{self.share:.1%} of the mutants are killed; it must be {least:.0%}")
+        if self.whole and least == 1:
+            found += [text for rule in RULES for text in self._rule_problems(rule)]
         return found
 
+    @property
+    def _early(self) -> list[Row]:
+        return [row for row in self.rows if row.early]
 
-def run_matrix(
-    ids: Sequence[str], profile: str, *, seed: int = 0, full: bool = False, workers: int = 2
-) -> Iterator[Row]:
-    """Run mutants in parallel, and yield their rows as they come.
+    def _survival(self, row: Row) -> str:
+        if row.first is None:
+            return f"{row.mutant} survives"
+        name = _name(row.expected)
+        return f"{row.mutant} survives {name}, which must kill it; {_name(row.first)} kills it"
 
-    Args:
-        ids: the mutants.
-        profile: name of the profile, which says how many cases a rule draws.
-        seed: what the search starts from.
-        full: run every rule against every mutant, also those that no kill depends on.
-        workers: processes.
-    """
-    if workers < 2:
-        yield from (examine(MUTANTS[i], profile, seed, full) for i in ids)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare) as pool:
-        jobs = [pool.submit(_examine, i, profile, seed, full) for i in ids]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def _rule_problems(self, rule: str) -> list[str]:
+        first, reason = self.first_kills(rule), REASONS.get(rule)
+        if first and reason:
+            return [f"reasons.py says why {rule} kills nothing first, but it kills {first[0]} first"]
+        if first or reason:
+            return []
+        what = "nothing first" if self.kills(rule) else "nothing"
+        return [f"the rule {rule} kills {what}, and reasons.py does not say why"]
 
 
-def examine(mutant: Mutant, profile: str, seed: int = 0, full: bool = False) -> Row:
-    """Run the rules that the verdict on a mutant needs.
-
-    Those are the expected rule; the rules of its stage before that one, up to the first kill; and
-    all rules of earlier stages that call a function which the mutant changes. Contract rules stand
-    apart: for their mutants, the rules of stages that call the changed function.
-    """
-    candidate = build(mutant)
-    expected = RULES[mutant.rule]
-    size, changed = PROFILES[profile], affected(mutant)
-    own = apply(expected, candidate, size, seed, mutant.function)
-    others: list[Outcome] = []
-    done = False
-    for rule in RULES.values():
-        if not full and (done or not changed & set(rule.functions) or not _before(rule, expected)):
-            continue
-        for function in targets(rule, candidate):
-            if (rule.id, function) == (mutant.rule, mutant.function):
-                continue
-            others.append(apply(rule, candidate, size, seed, function))
-            done = done or others[-1].killed
-    return Row(mutant.id, own, tuple(others))
-
-
-def _before(rule: Rule, expected: Rule) -> bool:
-    """Say whether a rule comes before the expected one, and is no other contract rule."""
-    order = list(RULES)
-    return order.index(rule.id) < order.index(expected.id) and rule.stage != "contract"
+def _name(outcome: Outcome) -> str:
+    return f"{outcome.rule}[{outcome.function}]" if outcome.function else outcome.rule
 
 
 def _comes_before(rule: str, expected: str) -> bool:
     stages = [RULES[name].stage for name in (rule, expected)]
     return "contract" not in stages and STAGES.index(stages[0]) < STAGES.index(stages[1])
-
-
-def _examine(mutant: str, profile: str, seed: int, full: bool) -> Row:
-    return examine(MUTANTS[mutant], profile, seed, full)
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)

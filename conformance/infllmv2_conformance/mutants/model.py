@@ -33,11 +33,13 @@ class Around:
         body: called with the function and its keyword arguments, as a mapping that it may change;
             what it returns is the result.
         fresh: whether `body` is a maker of bodies, one for each mutant built: for those with state.
+        backward: whether gradients alone are changed.
     """
 
     functions: tuple[str, ...]
     body: Callable[..., Any]
     fresh: bool = False
+    backward: bool = False
 
     def __call__(self, target: object) -> object:
         """Return `target` with the functions replaced."""

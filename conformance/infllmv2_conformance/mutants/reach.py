@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -17,7 +19,7 @@ from infllmv2_conformance.cases import Case
 from infllmv2_conformance.inputs import build_inputs
 from infllmv2_conformance.oracle import Oracle
 from infllmv2_conformance.programs import Machine
-from infllmv2_conformance.rules import CACHE_FUNCTIONS, STAGE_FUNCTIONS
+from infllmv2_conformance.rules import CACHE_FUNCTIONS, STAGE_FUNCTIONS, Rule
 from infllmv2_conformance.trial import Trial
 
 from .build import pristine, sources
@@ -25,6 +27,7 @@ from .model import Edit, Mutant
 
 CACHE_ONLY = (*CACHE_FUNCTIONS, "reset", "cached_windows")
 EVERYTHING = (*STAGE_FUNCTIONS, *CACHE_ONLY)
+DIFFERENTIABLE = ("attend", "attention")
 Place = tuple[str, str]
 """A module and the qualified name of a function in it."""
 
@@ -37,12 +40,35 @@ _CASES = (
 )
 
 
-def affected(mutant: Mutant) -> frozenset[str]:
-    """Return the contract functions whose result may differ from the original's."""
-    names = set(mutant.wrap.functions) if mutant.wrap else set[str]()
+@dataclass(frozen=True)
+class Reach:
+    """Name the contract functions whose result a mutant may change.
+
+    Args:
+        forward: those that may return something else.
+        backward: those that may send back another gradient.
+    """
+
+    forward: frozenset[str]
+    backward: frozenset[str]
+
+    def touches(self, rule: Rule) -> bool:
+        """Say whether the outcome of a rule may differ from the original's."""
+        changed = self.forward | self.backward if "gradients" in rule.claims else self.forward
+        return bool(changed & set(rule.functions))
+
+
+def reach(mutant: Mutant) -> Reach:
+    """Return what a mutant may change; what it does not reach computes as the original does."""
+    return Reach(_reached(mutant, backward=False), _reached(mutant, backward=True))
+
+
+def _reached(mutant: Mutant, *, backward: bool) -> frozenset[str]:
     places = [place(edit) for edit in mutant.edits]
-    names |= {f for f in EVERYTHING if any(p is None or p in called(f) for p in places)}
-    return frozenset(names & set(mutant.functions) if mutant.functions else names)
+    found = {f for f in EVERYTHING if any(p is None or p in called(f, backward) for p in places)}
+    if mutant.wrap and (backward or not mutant.wrap.backward):
+        found |= set(mutant.wrap.functions)
+    return frozenset(found & set(mutant.functions) if mutant.functions else found)
 
 
 def place(edit: Edit) -> Place | None:
@@ -71,8 +97,15 @@ def _functions(tree: ast.AST, prefix: str = "") -> list[tuple[str, ast.FunctionD
 
 
 @cache
-def called(function: str) -> frozenset[Place]:
-    """Return the functions of the original that a contract function calls, found by watching."""
+def called(function: str, backward: bool) -> frozenset[Place]:
+    """Return the functions of the original that a contract function calls, found by watching.
+
+    Args:
+        function: the contract function.
+        backward: whether to watch its gradient instead of itself.
+    """
+    if backward and function not in DIFFERENTIABLE:
+        return frozenset()
     seen: set[Place] = set()
     package = pristine().__name__ + "."
 
@@ -83,30 +116,35 @@ def called(function: str) -> frozenset[Place]:
             seen.add((module.removeprefix(package), name))
 
     for case in _CASES:
-        _exercise(function, case, watch)
+        act = _prepare(function, case)
+        if backward:
+            loss = act()[0].sum()
+            act = loss.backward
+        sys.setprofile(watch)
+        try:
+            act()
+        finally:
+            sys.setprofile(None)
     return frozenset(seen)
 
 
-def _exercise(function: str, case: Case, watch: Any) -> None:
+def _prepare(function: str, case: Case) -> Callable[[], Any]:
+    """Return what calls a contract function of the original on a case."""
     target = pristine().IMPLEMENTATION
     candidate = Candidate("none", target, Capabilities.from_mapping(target.capabilities))
     if function in CACHE_ONLY:  # there every key needs a query
         case = case.with_(sequences=tuple((keys, keys) for _, keys in case.sequences))
+        trial = Trial(case, candidate, torch.device("cpu"), lambda _: None)
+        return partial(_use_cache, trial)
     inputs = build_inputs(case, torch.device("cpu"))
     oracle = Oracle(case, inputs, candidate.capabilities.arithmetic)
-    given = arguments(function, inputs, oracle) if function in STAGE_FUNCTIONS else {}
-    if function in ("attend", "attention"):
+    given = arguments(function, inputs, oracle)
+    if function in DIFFERENTIABLE:
         given |= {n: given[n].clone().requires_grad_() for n in ("q", "k", "v")}
-    trial = Trial(case, candidate, torch.device("cpu"), lambda _: None)
-    sys.setprofile(watch)
-    try:
-        if function in CACHE_ONLY:
-            machine = Machine(trial)
-            machine.run([("a", (9,)), ("a", (1, 0, 2)), ("r", (2,)), ("a", (25,)), ("d", (3,))])
-            candidate.call("cached_windows", cache=machine.cache)
-        else:
-            result = candidate.call(function, **given)
-            if function in ("attend", "attention"):
-                result[0].sum().backward()
-    finally:
-        sys.setprofile(None)
+    return partial(candidate.call, function, **given)
+
+
+def _use_cache(trial: Trial) -> None:
+    machine = Machine(trial)
+    machine.run([("a", (9,)), ("a", (1, 0, 2)), ("r", (2,)), ("a", (25,)), ("d", (3,))])
+    trial.candidate.call("cached_windows", cache=machine.cache)

@@ -23,6 +23,7 @@ _MASK = (
     "    return logits.masked_fill_(~tile.admitted[:, :, None], -torch.inf)"
 )
 _USED = "used = min(slots, last // block_size + 1)"
+_FUNCTIONS = ("attend", "attention")
 _ROWS = "return x[place.keys].reshape(-1, x.shape[2])"
 
 
@@ -265,6 +266,7 @@ MUTANTS = (
         "Future tokens of a selected block get -1e4 instead of -inf.",
         "A mask made for half precision: a large key behind the query beats it.",
         FINITE_CAUSAL_MASK,
+        functions=_FUNCTIONS,
     ),
     Mutant(
         "attend.partial-block-lost",
@@ -314,6 +316,7 @@ MUTANTS = (
         "All tokens are attended, those of unselected blocks with -1e4 added to their logits.",
         "Sparsity by an additive mask made for half precision.",
         _FINITE_SPARSE_MASK,
+        functions=_FUNCTIONS,
     ),
     Mutant(
         "attend.masked-tokens-read",

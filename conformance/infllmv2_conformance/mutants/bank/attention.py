@@ -127,6 +127,7 @@ MUTANTS = (
             ),
             Edit("blocks", "_SELECT_BYTES = 64\n", "_SELECT_BYTES = 64\n_LAST = {}\n"),
         ),
+        functions=_ONLY,
     ),
     Mutant(
         "attention.finite-causal-mask",

@@ -66,9 +66,7 @@ MUTANTS = (
         "decode.several-tokens",
         "All query rows of a decode take the position of the last.",
         "A decode kernel for one token, used for several.",
-        (
-            positions("torch.full((self.num_queries,), self.num_keys - 1, device=device)"),
-        ),
+        (positions("torch.full((self.num_queries,), self.num_keys - 1, device=device)"),),
         functions=CACHE,
     ),
     Mutant(

@@ -16,7 +16,7 @@ _DQ = "return (grad_logits @ k).view(q.shape)"
 _DK = "tile.add_to(grad_keys, grad_logits.mT @ q.reshape(*grouped, q.shape[-1]))"
 _DV = "tile.add_to(grad_values, weights.mT @ grad_rows)"
 _SHIFT = "shift = grad_lse[rows] - (grad_rows * out[rows]).sum(dim=-1)  # [t, HQ]"
-_SAVE = "ctx.save_for_backward(q, k, v, selected, out, top, total_or_1)"
+_SAVED = "q, k, v, selected, out, top, total = ctx.saved_tensors"
 _MASK = "weights = weights.masked_fill_(~tile.admitted[:, :, None], 0)"
 
 
@@ -86,19 +86,18 @@ MUTANTS = (
         _edit(_SHIFT, "shift = grad_lse[rows].clone()"),
     ),
     Mutant(
-        "attend.dv-last-tile-only",
+        "attend.last-row-only",
         "attend.gradients",
-        "Gradients of values are stored instead of added.",
+        "Gradients of keys and values are stored instead of added: the last query wins.",
         "A store where an atomic addition belongs.",
         (
+            Edit("tiles", "accumulate=True", "accumulate=False"),
             Edit(
-                "attend",
-                _DV,
-                "flat = grad_values.new_zeros(grad_values.shape)\n"
-                "    tile.add_to(flat, weights.mT @ grad_rows)\n"
-                "    grad_values[flat.abs().amax(-1) > 0] = flat[flat.abs().amax(-1) > 0]",
+                "tiles",
+                "rows.index_add_(0, self.tokens.flatten(), values)",
+                "admitted = self.admitted.flatten()\n"
+                "            rows[self.tokens.flatten()[admitted]] = values[admitted]",
             ),
-            Edit("places", "CHUNK_BYTES = 96 << 20", "CHUNK_BYTES = 96 << 12"),
         ),
     ),
     Mutant(
@@ -116,14 +115,14 @@ MUTANTS = (
         "attend.gradients",
         "Every key gets a gradient, whether it is selected or not.",
         "A backward pass that is dense.",
-        wrap=Around(("attend",), _gradient_for_all_keys),
+        wrap=Around(("attend",), _gradient_for_all_keys, backward=True),
     ),
     Mutant(
         "attend.dk-of-unread-blocks",
         "attend.gradient-unselected",
         "Blocks that nobody selects get a gradient.",
         "Gradient buffers that are not cleared where no kernel writes.",
-        wrap=Around(("attend",), _gradient_for_unread_keys),
+        wrap=Around(("attend",), _gradient_for_unread_keys, backward=True),
     ),
     Mutant(
         "attend.empty-row-gradient-nan",
@@ -131,7 +130,7 @@ MUTANTS = (
         "Rows with nothing to attend send back NaN.",
         "0 / 0 in the backward pass, guarded in the forward alone.",
         (
-            Edit("attend", _SAVE, _SAVE.replace("total_or_1", "total")),
+            Edit("attend", _SAVED, f"{_SAVED}\n        total = total * (top > -torch.inf)"),
             Edit("attend", _MASK, ""),
         ),
     ),
