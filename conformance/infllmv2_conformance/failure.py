@@ -41,6 +41,8 @@ class ConformanceFailure(AssertionError):  # noqa: N818
         self.case = ""
         self.implementation = ""
         self.device = "cpu"
+        self.looks_like: dict[str, str] = {}
+        """Mutants that fail in the same way, by their id, each with its sentence."""
 
     def reproduce(self) -> str:
         """Return the command that repeats this failure."""
@@ -60,6 +62,7 @@ class ConformanceFailure(AssertionError):  # noqa: N818
             "case": self.case,
             "reproduce": self.reproduce(),
             **vars(self.finding),
+            "looks_like": self.looks_like,
         }
 
     def __str__(self) -> str:
@@ -74,6 +77,7 @@ class ConformanceFailure(AssertionError):  # noqa: N818
             ("bound", None if f.bound is None else f"{f.bound:.3g}"),
             ("ratio", None if f.ratio is None else f"{f.ratio:.3g} times the bound"),
             ("places", f.count if f.count > 1 else None),
+            *(("looks like ", f"{id}: {sentence}") for id, sentence in self.looks_like.items()),
             ("function", self.function),
             ("case", self.case),
             ("repeat", self.reproduce() if self.case else None),

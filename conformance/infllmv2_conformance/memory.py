@@ -1,12 +1,13 @@
 """Remember results of the oracle, while many implementations are run on the same cases.
 
-Off unless `remember` is called: a check of one implementation meets hardly any input twice.
+Off unless `remember` or `remembering` is called: a check of one implementation meets hardly any input twice.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -51,6 +52,17 @@ _memories: list[Memory] = []
 def remember(limit: int) -> None:
     """Let `remembered` functions of this process keep up to `limit` bytes; 0 ends it."""
     _memories[:] = [Memory(limit)] if limit else []
+
+
+@contextmanager
+def remembering(limit: int) -> Generator[None]:
+    """Let `remembered` functions keep up to `limit` bytes for a while."""
+    before = list(_memories)
+    remember(limit)
+    try:
+        yield
+    finally:
+        _memories[:] = before
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:

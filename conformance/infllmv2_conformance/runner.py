@@ -21,6 +21,7 @@ from .candidate import Candidate
 from .cases import Case
 from .failure import ConformanceFailure, Finding
 from .profiles import Profile
+from .symptoms import Symptom
 from .trial import Trial
 
 SHRINK_SECONDS = 6.0
@@ -65,6 +66,7 @@ class Runner:
         function: the contract function that a `contract.*` rule is applied to, or "".
         only: run just this case (`infllmv2 repro`).
         shrink: whether a failing case is made smaller before it is reported.
+        seen: how every case that ran failed, or None if it passed.
     """
 
     candidate: Candidate
@@ -76,6 +78,7 @@ class Runner:
     only: Case | None = None
     shrink: bool = True
     tally: Tally = field(default_factory=Tally)
+    seen: dict[Case, Symptom | None] = field(default_factory=dict[Case, "Symptom | None"])
 
     def cases(
         self,
@@ -135,7 +138,9 @@ class Runner:
             check(trial)
         except ConformanceFailure as failure:
             self.dress(failure, case)
+            self.seen[case] = Symptom.of(failure.finding)
             raise
+        self.seen[case] = None
 
     def dress(self, failure: ConformanceFailure, case: Case | None) -> None:
         """Tell a failure what it belongs to."""

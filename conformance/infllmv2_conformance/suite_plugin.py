@@ -19,6 +19,7 @@ from infllmv2_reference import SPEC_VERSION
 
 from . import device as devices
 from .cases import Case
+from .comparison import Comparison
 from .environment import describe_environment, package_version
 from .errors import UsageError
 from .events import EventLog, EventTail
@@ -100,6 +101,7 @@ class SuitePlugin:
         worker = getattr(config, "workerinput", None)
         self.worker: str | None = worker["workerid"] if worker else None
         self.parent = os.getppid()
+        self.comparison = Comparison()
         self.controls = bool(getattr(config.option, "numprocesses", None)) and not worker
         if not self.controls:
             self._prepare()
@@ -289,6 +291,8 @@ class SuitePlugin:
         course = item.stash[COURSE]
         error = call.excinfo.value if call.excinfo else None
         known = self.known.get((course.rule.id, course.function))
+        if isinstance(error, ConformanceFailure) and course.runner and not known:
+            self.comparison.add_to(error, course.runner)
         verdict = judge_phase(error, report.longreprtext, call.when, known)
         course.lost = course.lost or isinstance(error, devices.DeviceLostError)
         if verdict.outcome != "passed":

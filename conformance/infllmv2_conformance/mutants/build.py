@@ -12,7 +12,7 @@ from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from infllmv2_conformance.candidate import Candidate
@@ -29,6 +29,10 @@ ATTRIBUTE = "IMPLEMENTATION"
 
 class MutantError(UsageError):
     """A mutant cannot be built: it is unknown, or its edits no longer fit the source."""
+
+
+class OriginalMissingError(MutantError):
+    """The implementation that mutants are made of is not installed."""
 
 
 def load_mutant(name: str) -> Candidate:
@@ -71,14 +75,14 @@ def sources() -> Mapping[str, str]:
     """Return the source of every module of the original, by the name of its file.
 
     Raises:
-        MutantError: the original is not installed.
+        OriginalMissingError: the original is not installed.
     """
     try:
         spec = importlib.util.find_spec(ORIGINAL)
     except ModuleNotFoundError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise MutantError(f"mutants need the package {ORIGINAL}, which is not installed")
+        raise OriginalMissingError(f"mutants need the package {ORIGINAL}, which is not installed")
     folder = Path(next(iter(spec.submodule_search_locations)))
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
 
@@ -106,10 +110,10 @@ def edited(edits: Sequence[Edit], name: str) -> dict[str, str]:
 class _Sources(MetaPathFinder, Loader):
     """Import a package from texts."""
 
-    def __init__(self, package: str, name: str, texts: Mapping[str, str]) -> None:
+    def __init__(self, package: str, texts: Mapping[str, str]) -> None:
         self.files = {
-            package if stem == "__init__" else f"{package}.{stem}": (f"mutant:{name}/{stem}.py", s)
-            for stem, s in texts.items()
+            package if stem == "__init__" else f"{package}.{stem}": (stem, text)
+            for stem, text in texts.items()
         }
         self.package = package
 
@@ -127,8 +131,13 @@ class _Sources(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the text of a module."""
-        file, text = self.files[module.__name__]
-        exec(compile(text, file, "exec"), module.__dict__)
+        exec(_compiled(*self.files[module.__name__]), module.__dict__)
+
+
+@cache
+def _compiled(stem: str, text: str) -> CodeType:
+    """Compile a module; mutants share most of theirs."""
+    return compile(text, f"mutant/{stem}.py", "exec")
 
 
 def _import(name: str, texts: Mapping[str, str]) -> Any:
@@ -136,7 +145,7 @@ def _import(name: str, texts: Mapping[str, str]) -> Any:
     package = "infllmv2_mutant_" + re.sub(r"\W", "_", name)
     for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
         del sys.modules[module]
-    finder = _Sources(package, name, texts)
+    finder = _Sources(package, texts)
     sys.meta_path.insert(0, finder)
     try:
         return importlib.import_module(package)

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from infllmv2_conformance.memory import remember
+from infllmv2_conformance.memory import remember, remembering
 from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.rules import RULES, Rule
 
@@ -43,11 +43,8 @@ def run_bank(
         RuntimeError: a process died.
     """
     if workers < 2:
-        remember(MEMORY)
-        try:
+        with remembering(MEMORY):
             yield from (examine(MUTANTS[i], profile, seed, full) for i in ids)
-        finally:
-            remember(0)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare) as pool:

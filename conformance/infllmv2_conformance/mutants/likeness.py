@@ -1,0 +1,139 @@
+"""Find the mutants that fail like an implementation: on its case, and on what it met before.
+
+The mutants of the rule's own stage come first, those of the rule itself before all. Each runs on
+the case that was reported. Those that fail there in the same way also run on other cases of the
+search, where they must agree with the implementation on whether it fails, and how.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import pytest
+
+from infllmv2_conformance.candidate import Candidate
+from infllmv2_conformance.cases import Case
+from infllmv2_conformance.failure import ConformanceFailure
+from infllmv2_conformance.memory import remembering
+from infllmv2_conformance.profiles import PROFILES
+from infllmv2_conformance.rules import RULES, Rule
+from infllmv2_conformance.runner import Runner
+from infllmv2_conformance.symptoms import Symptom
+
+from .bank import MUTANTS
+from .build import build
+from .model import Mutant
+from .reach import reach
+from .suite_tests import tests
+
+SECONDS = 4.0
+"""Computing time that may be spent on one failure."""
+OTHER_CASES = 40
+"""Cases of the search, besides the reported one, that a mutant must agree on."""
+MOST = 3
+"""Mutants that are named: more of them say little."""
+MEMORY = 256 << 20
+"""Bytes of the oracle's results that are kept meanwhile: all mutants meet the same cases."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A mutant that runs in the place of the implementation, under its claims.
+
+    Args:
+        mutant: what it is.
+        run: the runner of the implementation, whose rule, function and device count.
+    """
+
+    mutant: Mutant
+    run: Runner
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """Return the mutant under the claims of the implementation."""
+        ours = self.run.candidate
+        return Candidate(ours.name, build(self.mutant).target, ours.capabilities)
+
+    def symptom(self, case: Case) -> Symptom | None:
+        """Return how it fails on a case, or None if it passes."""
+        run = Runner(
+            self.candidate,
+            PROFILES["quick"],
+            self.run.device,
+            self.run.seed,
+            self.run.rule,
+            self.run.function,
+            only=case,
+            shrink=False,
+        )
+        try:
+            tests()[self.run.rule](run)
+        except ConformanceFailure:
+            return run.seen.get(case)
+        except pytest.skip.Exception:
+            return None
+        return None
+
+
+def look_alikes(run: Runner, reported: Case) -> list[Mutant]:
+    """Return the mutants that fail like an implementation, at most `MOST`.
+
+    Args:
+        run: the runner of the rule that the implementation broke, after its search.
+        reported: the case of the failure.
+    """
+    target = run.seen.get(reported)
+    if target is None:
+        return []
+    deadline = time.thread_time() + SECONDS
+    with remembering(MEMORY):
+        alike = [
+            suspect
+            for suspect in _until(deadline, _suspects(run))
+            if _agrees(suspect, reported, target)
+        ]
+        for case in _until(deadline, _others(run.seen, reported)):
+            alike = [suspect for suspect in alike if _agrees(suspect, case, run.seen[case])]
+    return [suspect.mutant for suspect in alike[:MOST]]
+
+
+def _suspects(run: Runner) -> Iterator[Suspect]:
+    """Yield the mutants of the rule, then those of its stage, then others that it may meet."""
+    rule = RULES[run.rule]
+    own = [m for m in MUTANTS.values() if m.stage == rule.stage]
+    own.sort(key=lambda m: m.rule != rule.id)
+    yield from (Suspect(mutant, run) for mutant in own)
+    others = (m for m in MUTANTS.values() if m.stage != rule.stage)
+    yield from (Suspect(m, run) for m in others if _may_break(m, rule, run.function))
+
+
+def _may_break(mutant: Mutant, rule: Rule, function: str) -> bool:
+    changed = reach(mutant)
+    return function in changed.forward if function else changed.touches(rule)
+
+
+def _others(seen: Mapping[Case, Symptom | None], reported: Case) -> list[Case]:
+    """Return the cases that failed before the reported one, and those that passed most lately."""
+    failed = [case for case, symptom in seen.items() if symptom and case != reported]
+    passed = [case for case, symptom in seen.items() if symptom is None][::-1]
+    half = OTHER_CASES // 2
+    return [*failed[:half], *passed[:half]]
+
+
+def _agrees(suspect: Suspect, case: Case, symptom: Symptom | None) -> bool:
+    theirs = suspect.symptom(case)
+    if symptom is None or theirs is None:
+        return symptom is theirs
+    return symptom.is_like(theirs)
+
+
+def _until(deadline: float, items: Iterable[T]) -> Iterator[T]:
+    for item in items:
+        if time.thread_time() > deadline:
+            return
+        yield item
