@@ -18,11 +18,13 @@ class Comparison:
         self.left = MOST_FAILURES
 
     def add_to(self, failure: ConformanceFailure, run: Runner) -> None:
-        """Note in a failure which mutants it looks like; mutants themselves are not compared.
+        """Note in a failure which mutants it looks like.
 
-        What goes wrong here must not hide the failure, so it is told in its place.
+        Mutants themselves are not compared, nor is a single case that is repeated: too many fail
+        alike on one. What goes wrong here must not hide the failure, so it is told in its place.
         """
-        if run.candidate.name.startswith(MUTANT) or not failure.case or not self.left:
+        mutant = run.candidate.name.startswith(MUTANT)
+        if mutant or run.only or not failure.case or not self.left:
             return
         self.left -= 1
         from .mutants.build import OriginalMissingError

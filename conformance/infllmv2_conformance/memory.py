@@ -1,6 +1,7 @@
 """Remember results of the oracle, while many implementations are run on the same cases.
 
-Off unless `remember` or `remembering` is called: a check of one implementation meets hardly any input twice.
+Off unless `remember` or `remembering` is called: a check of one implementation meets hardly any
+input twice.
 """
 
 from __future__ import annotations

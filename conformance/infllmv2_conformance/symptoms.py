@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from .failure import Finding
 
-ROUNDING = 1e-12
-"""Relative difference of two numbers that are printed alike."""
+SHARE = 0.05
+"""Two wrong numbers are alike if they differ by less than this share of how wrong they are."""
 
 
 @dataclass(frozen=True)
@@ -18,33 +18,41 @@ class Symptom:
     Args:
         what: the sentence that says what is wrong.
         where: the worst place.
+        expected: what the oracle says there, as text.
         actual: what the implementation said there, as text.
         bound: how far a right result may lie from the oracle's, 0 if no numbers are compared.
     """
 
     what: str
     where: dict[str, int | str] = field(default_factory=dict[str, "int | str"])
+    expected: str | None = None
     actual: str | None = None
     bound: float = 0.0
 
     @classmethod
     def of(cls, finding: Finding) -> Symptom:
         """Take from a finding what can be compared."""
-        return cls(finding.what, dict(finding.where), finding.actual, finding.bound or 0.0)
+        f = finding
+        return cls(f.what, dict(f.where), f.expected, f.actual, f.bound or 0.0)
 
     def is_like(self, other: Symptom) -> bool:
-        """Say whether both see the same: what, where, and the value up to rounding."""
-        alike = self.what == other.what and self.where == other.where
-        return alike and _same(self.actual, other.actual, max(self.bound, other.bound))
+        """Say whether both see the same: what, where, and how far off, up to rounding."""
+        if (self.what, self.where) != (other.what, other.where):
+            return False
+        if self.actual == other.actual:
+            return True
+        numbers = [_number(text) for text in (self.expected, self.actual, other.actual)]
+        expected, ours, theirs = numbers
+        if expected is None or ours is None or theirs is None:
+            return False
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            return math.isnan(ours) and math.isnan(theirs)
+        far = abs(ours - expected) if math.isfinite(expected) else abs(ours)
+        return abs(ours - theirs) <= self.bound + SHARE * far
 
 
-def _same(ours: str | None, theirs: str | None, bound: float) -> bool:
-    if ours == theirs:
-        return True
+def _number(text: str | None) -> float | None:
     try:
-        a, b = float(ours or ""), float(theirs or "")
+        return None if text is None else float(text)
     except ValueError:
-        return False
-    if math.isnan(a) or math.isnan(b):
-        return math.isnan(a) and math.isnan(b)
-    return a == b or abs(a - b) <= bound + ROUNDING * abs(a)
+        return None

@@ -72,10 +72,13 @@ def examine(mutant: Mutant, profile: str, seed: int = 0, full: bool = False) -> 
     for rule in RULES.values():
         if not changed.touches(rule) or not (full or _before(rule, expected)):
             continue
-        for function in targets(rule, candidate):
-            if (rule.id, function) != (mutant.rule, mutant.function):
-                others.append(apply(rule, candidate, PROFILES[OTHERS], seed, function))
-        if others and others[-1].killed and not full:
+        found = [
+            apply(rule, candidate, PROFILES[OTHERS], seed, function)
+            for function in targets(rule, candidate)
+            if (rule.id, function) != (mutant.rule, mutant.function)
+        ]
+        others += found
+        if any(outcome.killed for outcome in found) and not full:
             break
     return Row(mutant.id, own, tuple(others))
 

@@ -2,7 +2,7 @@
 
 The mutants of the rule's own stage come first, those of the rule itself before all. Each runs on
 the case that was reported. Those that fail there in the same way also run on other cases of the
-search, where they must agree with the implementation on whether it fails, and how.
+search, where most times they must agree with the implementation on whether it fails, and how.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ SECONDS = 4.0
 """Computing time that may be spent on one failure."""
 OTHER_CASES = 40
 """Cases of the search, besides the reported one, that a mutant must agree on."""
+ENOUGH = 0.75
+"""The share of them that it must agree on: faults that are alike need not agree in every corner."""
 MOST = 3
 """Mutants that are named: more of them say little."""
 MEMORY = 256 << 20
@@ -79,6 +81,13 @@ class Suspect:
             return None
         return None
 
+    def agrees(self, case: Case, symptom: Symptom | None) -> bool:
+        """Say whether it fails on a case like the implementation, or passes where that does."""
+        ours = self.symptom(case)
+        if symptom is None or ours is None:
+            return symptom is ours
+        return symptom.is_like(ours)
+
 
 def look_alikes(run: Runner, reported: Case) -> list[Mutant]:
     """Return the mutants that fail like an implementation, at most `MOST`.
@@ -92,14 +101,24 @@ def look_alikes(run: Runner, reported: Case) -> list[Mutant]:
         return []
     deadline = time.thread_time() + SECONDS
     with remembering(MEMORY):
-        alike = [
-            suspect
-            for suspect in _until(deadline, _suspects(run))
-            if _agrees(suspect, reported, target)
+        suspects = _until(deadline, _suspects(run))
+        alike = [suspect for suspect in suspects if suspect.agrees(reported, target)]
+        return [suspect.mutant for suspect in _most_like(alike, run.seen, reported, deadline)][
+            :MOST
         ]
-        for case in _until(deadline, _others(run.seen, reported)):
-            alike = [suspect for suspect in alike if _agrees(suspect, case, run.seen[case])]
-    return [suspect.mutant for suspect in alike[:MOST]]
+
+
+def _most_like(
+    alike: list[Suspect], seen: Mapping[Case, Symptom | None], reported: Case, deadline: float
+) -> list[Suspect]:
+    """Return those that agree on the most of the other cases, if that is enough."""
+    agreed = [0] * len(alike)
+    count = 0
+    for count, case in enumerate(_until(deadline, _others(seen, reported)), 1):
+        for i, suspect in enumerate(alike):
+            agreed[i] += suspect.agrees(case, seen[case])
+    best = max(agreed, default=0)
+    return [s for s, n in zip(alike, agreed, strict=True) if n == best >= ENOUGH * count]
 
 
 def _suspects(run: Runner) -> Iterator[Suspect]:
@@ -123,13 +142,6 @@ def _others(seen: Mapping[Case, Symptom | None], reported: Case) -> list[Case]:
     passed = [case for case, symptom in seen.items() if symptom is None][::-1]
     half = OTHER_CASES // 2
     return [*failed[:half], *passed[:half]]
-
-
-def _agrees(suspect: Suspect, case: Case, symptom: Symptom | None) -> bool:
-    theirs = suspect.symptom(case)
-    if symptom is None or theirs is None:
-        return symptom is theirs
-    return symptom.is_like(theirs)
 
 
 def _until(deadline: float, items: Iterable[T]) -> Iterator[T]:

@@ -96,7 +96,9 @@ class Matrix:
 
     def problems(self) -> list[str]:
         """Return what is wrong, in words."""
-        found = [f"{row.mutant} is killed too early, by {_name(row.early[0])}" for row in self._early]
+        found = [
+            f"{row.mutant} is killed too early, by {_name(row.early[0])}" for row in self._early
+        ]
         least = LEAST_SHARE.get(self.profile, 1.0)
         if self.share < least:
             found += [self._survival(row) for row in self.survivors]
@@ -119,7 +121,9 @@ class Matrix:
     def _rule_problems(self, rule: str) -> list[str]:
         first, reason = self.first_kills(rule), REASONS.get(rule)
         if first and reason:
-            return [f"reasons.py says why {rule} kills nothing first, but it kills {first[0]} first"]
+            return [
+                f"reasons.py says why {rule} kills nothing first, but it kills {first[0]} first"
+            ]
         if first or reason:
             return []
         what = "nothing first" if self.kills(rule) else "nothing"
