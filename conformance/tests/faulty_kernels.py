@@ -7,6 +7,7 @@ heads, the others take the reference and put a fault of their own beside it.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ class OneLocalBlockShort(_Only):
 class LateWindows(_Only):
     def compress_keys(self, *, k, cu_seqlens_k, **given):
         ends = cu_seqlens_k.tolist()
-        kept = [torch.arange(a, max(b - 1, a)) for a, b in zip(ends, ends[1:], strict=False)]
+        kept = [torch.arange(a, max(b - 1, a)) for a, b in pairwise(ends)]
         lengths = torch.tensor([0, *(len(rows) for rows in kept)])
         shorter = lengths.cumsum(0).to(cu_seqlens_k.dtype)
         rows = torch.cat([torch.arange(0), *kept])

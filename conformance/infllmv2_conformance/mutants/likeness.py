@@ -103,9 +103,8 @@ def look_alikes(run: Runner, reported: Case) -> list[Mutant]:
     with remembering(MEMORY):
         suspects = _until(deadline, _suspects(run))
         alike = [suspect for suspect in suspects if suspect.agrees(reported, target)]
-        return [suspect.mutant for suspect in _most_like(alike, run.seen, reported, deadline)][
-            :MOST
-        ]
+        alike = _most_like(alike, run.seen, reported, deadline)
+    return [suspect.mutant for suspect in alike[:MOST]]
 
 
 def _most_like(
@@ -114,7 +113,8 @@ def _most_like(
     """Return those that agree on the most of the other cases, if that is enough."""
     agreed = [0] * len(alike)
     count = 0
-    for count, case in enumerate(_until(deadline, _others(seen, reported)), 1):
+    for case in _until(deadline, _others(seen, reported)):
+        count += 1
         for i, suspect in enumerate(alike):
             agreed[i] += suspect.agrees(case, seen[case])
     best = max(agreed, default=0)
