@@ -12,6 +12,8 @@ from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases
 from infllmv2_conformance.trial import Trial
 
+RELEASED_BUDGET = 96
+
 
 @rule("score_blocks.values")
 def test_score_blocks(run: Runner) -> None:
@@ -69,9 +71,13 @@ def test_ties(run: Runner) -> None:
 
 @rule("fused_select.format")
 def test_format(run: Runner) -> None:
-    """Look at short sequences and tight budgets."""
-    short = cases(run, max_keys=160, spare_budget=False)
-    run.cases(short, lambda trial: trial.check("select"), weight=0.5)
+    """Look at short sequences, with tight budgets and with one as large as the released one."""
+
+    def check(trial: Trial) -> None:
+        topk = trial.case.topk + trial.case.choice % 2 * RELEASED_BUDGET
+        trial.on(trial.case.sequences, trial.inputs, topk=topk).check("select")
+
+    run.cases(cases(run, max_keys=160, spare_budget=False), check, weight=0.5)
 
 
 @rule("fused_select.packed-alone")

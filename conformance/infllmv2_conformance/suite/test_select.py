@@ -16,11 +16,17 @@ from infllmv2_conformance.strategies import cases, many_blocks
 from infllmv2_conformance.trial import Trial
 
 FUNCTION = "select_blocks"
+RELEASED_BUDGET = 96
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _huge(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw scores near the end of float32: the approximate normaliser knows no limit."""
+    return _random(shape, generator) * 1e38
 
 
 def _few_levels(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -42,7 +48,12 @@ def _some_missing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def test_exact(run: Runner) -> None:
     """Compare with the specified selection on random scores, some of them -inf."""
     draws = (_random, _some_missing)
-    run.cases(cases(run), lambda trial: _check(trial, draws[trial.case.choice % 2]))
+
+    def check(trial: Trial) -> None:
+        _check(trial, draws[trial.case.choice % 2])
+
+    run.cases(cases(run, competing=True), check, weight=0.6)
+    run.cases(cases(run), check, weight=0.6)
 
 
 @rule("select.ties")
@@ -54,10 +65,14 @@ def test_ties(run: Runner) -> None:
 
 @rule("select.forced")
 def test_forced(run: Runner) -> None:
-    """Give forced blocks the worst scores, with no budget to spare and with some."""
+    """Give forced blocks the worst scores, and the others small or huge ones.
+
+    Half of the cases have no budget to spare.
+    """
+    draws = (_random, _huge)
 
     def check(trial: Trial) -> None:
-        _check(trial, _random, at_forced=-torch.inf)
+        _check(trial, draws[trial.case.choice % 2], at_forced=-torch.inf)
 
     run.cases(cases(run, spare_budget=False), check, weight=0.5)
     run.cases(cases(run), check, weight=0.3)
@@ -65,8 +80,13 @@ def test_forced(run: Runner) -> None:
 
 @rule("select.format")
 def test_format(run: Runner) -> None:
-    """Look at short sequences, whose rows see fewer blocks than the budget."""
-    run.cases(cases(run, max_keys=160), lambda trial: _check(trial, _random), weight=0.5)
+    """Look at short sequences, whose rows see fewer blocks than the budget: some, or most of 96."""
+
+    def check(trial: Trial) -> None:
+        topk = trial.case.topk + trial.case.choice % 2 * RELEASED_BUDGET
+        _check(trial.on(trial.case.sequences, trial.inputs, topk=topk), _random)
+
+    run.cases(cases(run, max_keys=160), check, weight=0.5)
 
 
 @rule("select.no-future")

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import Arguments, shared_scale
+from .faults import (
+    FIRST_HISTORY,
+    LONGEST_HISTORY,
+    Arguments,
+    shared_scale,
+    wrapped_offsets,
+)
 
 _ADMITTED = "admitted = (selected[..., None] >= 0) & (tokens <= positions[:, None, None])"
 _SPARSE_TILE = "return _tile(tokens.flatten(2), admitted.flatten(2))"
@@ -22,6 +27,10 @@ _MASK = (
     "logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n"
     "    return logits.masked_fill_(~tile.admitted[:, :, None], -torch.inf)"
 )
+_TOKENS = "tokens = selected[..., None].long() * block_size"
+_STEP = "step = max(1, min(slots, CHUNK_BYTES // max(1, sizes.bytes(block_size))))"
+_PARTS = "[_sparse_tile(part, at, block_size) for part in parts]"
+_OWN_BLOCK = "(at // block_size)[None, :, None].expand(len(blocks), -1, -1)"
 _USED = "used = min(slots, last // block_size + 1)"
 _FUNCTIONS = ("attend", "attention")
 _ROWS = "return x[place.keys].reshape(-1, x.shape[2])"
@@ -70,7 +79,7 @@ _FINITE_SPARSE_MASK = (
         "    return Tile((every * len(tokens)).expand_as(hits) + heads, soft, hits)",
     ),
     _tiles(
-        "step = max(1, min(slots, CHUNK_BYTES // max(1, sizes.bytes(block_size))))",
+        _STEP,
         "step = max(slots, 1)",
     ),
 )
@@ -95,14 +104,26 @@ def _cached_by_keys() -> Callable[..., Any]:
     return body
 
 
-def _wrapped_offsets(inner: Callable[..., Any], given: Arguments) -> Any:
-    """Read rows of keys and values at offsets that overflow, at 2^15 instead of 2^31 elements."""
-    for name in ("k", "v"):
-        x: Tensor = given[name]
-        row = max(x.shape[1] * x.shape[2], 1)
-        rows = torch.arange(len(x), device=x.device)
-        given[name] = x[rows % ((1 << 15) // row + 1)] if len(x) else x
-    return inner(**given)
+def _first_16_of_group(inner: Callable[..., Any], given: Arguments) -> Any:
+    out, lse = inner(**given)
+    group = out.shape[1] // given["k"].shape[1]
+    kept = torch.arange(out.shape[1], device=out.device) % group < 16
+    return out * kept[:, None].to(out.dtype), lse
+
+
+def _power_of_two_channels(inner: Callable[..., Any], given: Arguments) -> Any:
+    out, lse = inner(**given)
+    width = 1 << (out.shape[2].bit_length() - 1)
+    return out * (torch.arange(out.shape[2], device=out.device) < width).to(out.dtype), lse
+
+
+def _odd_row_unwritten(inner: Callable[..., Any], given: Arguments) -> Any:
+    out, lse = inner(**given)
+    written = torch.empty(1 << 24, dtype=out.dtype, device=out.device)[: out.numel()].view(
+        out.shape
+    )
+    written[: len(out) // 2 * 2] = out[: len(out) // 2 * 2]
+    return written, lse
 
 
 MUTANTS = (
@@ -152,6 +173,53 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "attend.first-history-for-all",
+        "attend.values",
+        "The history of the first sequence is used for all.",
+        "One scalar cache length for a batch.",
+        FIRST_HISTORY,
+        functions=("attend",),
+    ),
+    Mutant(
+        "attend.longest-history-for-all",
+        "attend.values",
+        "max_seqlen_k - max_seqlen_q is used for the history of every sequence.",
+        "Lengths of the longest sequence used for all, as in a padded batch.",
+        LONGEST_HISTORY,
+        functions=("attend",),
+    ),
+    Mutant(
+        "attend.padding-is-block-0",
+        "attend.values",
+        "Slots that hold -1 attend block 0 again.",
+        "Indices clamped to 0, so that loads stay in bounds, and not masked.",
+        (
+            _tiles(_TOKENS, _TOKENS.replace("selected", "selected.clamp(min=0)")),
+            _tiles("(selected[..., None] >= 0) & ", ""),
+        ),
+    ),
+    Mutant(
+        "attend.group-of-16",
+        "attend.values",
+        "Query heads behind the 16th of a group get no output.",
+        "The group size of the released model compiled into a tile.",
+        wrap=Around(("attend",), _first_16_of_group),
+    ),
+    Mutant(
+        "attend.head-dim-cut",
+        "attend.values",
+        "Channels behind the largest power of two are not written, and stay 0.",
+        "A tile over the head dim that is a power of two, without a second one.",
+        wrap=Around(("attend",), _power_of_two_channels),
+    ),
+    Mutant(
+        "attend.last-row-unwritten",
+        "attend.values",
+        "The last query of the call is not written if their number is odd.",
+        "A grid of pairs of rows.",
+        wrap=Around(("attend",), _odd_row_unwritten),
+    ),
+    Mutant(
         "attend.bf16-accumulation",
         "attend.values",
         "Sums of values are rounded to bfloat16 for every tile.",
@@ -184,6 +252,27 @@ MUTANTS = (
         (_attend(_TOP, "top = torch.zeros_like(logits[..., :1])"),),
     ),
     Mutant(
+        "attend.maximum-from-zero",
+        "attend.values",
+        "The running maximum starts at 0, so that very negative logits underflow.",
+        "m = 0 in place of -inf in an online softmax.",
+        (_attend(_TOP, f"{_TOP}.clamp(min=0)"),),
+    ),
+    Mutant(
+        "attend.not-rescaled",
+        "attend.values",
+        "What was summed before is not rescaled when a later block has a larger logit.",
+        "The correction factor of an online softmax left out.",
+        (
+            _tiles(_STEP, "step = 1"),
+            _attend(
+                "shares = [(x - _finite(top)).exp() for x in (a[1], b[1])]",
+                "shares = [(x > -torch.inf).to(x.dtype) for x in (a[1], b[1])]\n"
+                "    shares[1] = (b[1] - _finite(top)).exp()",
+            ),
+        ),
+    ),
+    Mutant(
         "attend.max-before-mask",
         "attend.values",
         "The row's maximum is taken over all loaded tokens, the masked ones included.",
@@ -211,7 +300,7 @@ MUTANTS = (
         "attend.values",
         "Offsets overflow: rows of keys beyond 2^15 elements are read from the start.",
         "32-bit offsets at 2^31 elements; here at fewer, so that it shows on small cases.",
-        wrap=Around(("attend",), _wrapped_offsets),
+        wrap=Around(("attend",), wrapped_offsets("k", "v")),
     ),
     Mutant(
         "attend.lse-base-2",
@@ -240,6 +329,13 @@ MUTANTS = (
         "Token 5 is dropped for the first key/value head.",
         "A lane of a tile masked wrongly.",
         (_tiles(_ADMITTED, f"{_ADMITTED}\n    admitted[0] &= tokens[0] != 5"),),
+    ),
+    Mutant(
+        "attend.own-block-twice",
+        "attend.every-token",
+        "The query's own block is attended once more.",
+        "A diagonal block handled after the loop, and in it as well.",
+        (_tiles(_PARTS, _PARTS.replace("parts]", f"(*parts, {_OWN_BLOCK})]")),),
     ),
     Mutant(
         "attend.own-token-lost",
@@ -302,6 +398,36 @@ MUTANTS = (
         "Rows with nothing to attend divide by zero.",
         "0 / 0 in the last step of an online softmax.",
         (_attend("out /= total_or_1[..., None]", "out /= total[..., None]"),),
+    ),
+    Mutant(
+        "attend.own-block-always",
+        "attend.few-blocks",
+        "The query's own block is attended even if it is not selected.",
+        "A diagonal block handled apart, because selections from stage 4 hold it.",
+        (
+            _tiles(
+                "blocks, at = selected[:, chunk, :used], positions[chunk]",
+                "blocks, at = selected[:, chunk, :used], positions[chunk]\n"
+                f"        own = {_OWN_BLOCK}.to(blocks.dtype)\n"
+                "        there = (blocks == own).any(dim=-1, keepdim=True)\n"
+                "        blocks = torch.cat([blocks, torch.where(there, -1, own)], dim=-1)\n"
+                "        used += 1",
+            ),
+        ),
+    ),
+    Mutant(
+        "attend.no-blocks-is-block-0",
+        "attend.few-blocks",
+        "A row without any block attends block 0.",
+        "The first index clamped to 0, so that no softmax is over nothing.",
+        (
+            _tiles(
+                _TOKENS,
+                "first = selected[..., :1]\n"
+                "    selected = torch.cat([first.clamp(min=0), selected[..., 1:]], dim=-1)\n"
+                f"    {_TOKENS}",
+            ),
+        ),
     ),
     Mutant(
         "attend.empty-row-lse",

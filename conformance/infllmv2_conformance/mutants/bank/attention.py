@@ -176,6 +176,25 @@ MUTANTS = (
         functions=_ONLY,
     ),
     Mutant(
+        "attention.dense-history-ignored",
+        "attention.switch",
+        "Dense sequences place their queries at the start of their keys.",
+        "A dense fallback to a kernel with a top-left aligned mask.",
+        (
+            Edit(
+                "tiles",
+                "shared = place.num_keys - place.num_queries + start + 1",
+                "shared = start + 1",
+            ),
+            Edit(
+                "tiles",
+                "positions = place.positions(device)\n    limit",
+                "positions = torch.arange(place.num_queries, device=device)\n    limit",
+            ),
+        ),
+        functions=_ONLY,
+    ),
+    Mutant(
         "attention.never-dense",
         "attention.switch",
         "Every sequence runs sparse.",

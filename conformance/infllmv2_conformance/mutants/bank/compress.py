@@ -7,7 +7,7 @@ from typing import Any
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import Arguments, rescale
+from .faults import Arguments, rescale, wrapped_offsets
 
 _MEANS = "_sliding_sums(tokens, size)[::stride] / size"
 _COUNTS = "counts = [num_windows(n, kernel_size, kernel_stride) for n in lengths_of(cu_seqlens_k)]"
@@ -97,6 +97,20 @@ MUTANTS = (
         (Edit("implementation", _KEYS, "keys = k.roll(1, 0)[key_ends[i] : key_ends[i + 1]]"),),
     ),
     Mutant(
+        "compress.fp16-sum",
+        "compress.values",
+        "Keys are summed in float16, whatever their dtype.",
+        "Half-precision accumulators, fast on consumer GPUs.",
+        _mean("_sliding_sums(tokens.half(), size)[::stride].to(wide) / size"),
+    ),
+    Mutant(
+        "compress.offset-overflow",
+        "compress.values",
+        "Offsets overflow: rows of keys beyond 2^15 elements are read from the start.",
+        "32-bit offsets at 2^31 elements; here at fewer, so that it shows on small cases.",
+        wrap=Around(("compress_keys",), wrapped_offsets("k")),
+    ),
+    Mutant(
         "compress.incomplete-window",
         "compress.complete-windows",
         "The incomplete window at the end counts, filled up with zeros.",
@@ -157,6 +171,21 @@ MUTANTS = (
             "torch.einsum('cs,shd->chd', ((torch.arange(len(keys), device=keys.device) - stride * "
             "torch.arange(start, stop, device=keys.device)[:, None]) // size == 0).to(wide), "
             "keys.to(wide)) / size"
+        ),
+    ),
+    Mutant(
+        "compress.padded-tile",
+        "compress.tail-not-read",
+        "The key behind the last window is loaded with it, and weighted by 0.",
+        "A tile rounded up to a power of two: 0 times NaN is NaN.",
+        (
+            Edit(
+                "windows",
+                "return means\n",
+                "tail = keys[(end - 1) * stride + size :][:1]\n"
+                "    if end > first and len(tail):\n        means[-1] += 0 * tail[0]\n"
+                "    return means\n",
+            ),
         ),
     ),
     Mutant(

@@ -88,6 +88,10 @@ def _long_indices(inner: Callable[..., Any], given: Arguments) -> Any:
     return inner(**given).long()
 
 
+def _no_columns(inner: Callable[..., Any], given: Arguments) -> Any:
+    return inner(**given)[..., : None if len(given["k_c1"]) else 0]
+
+
 def _squeezed(inner: Callable[..., Any], given: Arguments) -> Any:
     out, lse = inner(**given)
     return (out[:, 0], lse[:, 0]) if out.shape[1] == 1 else (out, lse)
@@ -145,6 +149,14 @@ MUTANTS = (
         "The dtype that torch.topk returns.",
         wrap=Around(("select_blocks",), _long_indices),
         function="select_blocks",
+    ),
+    Mutant(
+        "contract.no-columns",
+        "contract.form",
+        "Without any window the fused kernel returns no block scores at all.",
+        "An early return with an empty tensor of another shape.",
+        wrap=Around(("score_blocks",), _no_columns),
+        function="score_blocks",
     ),
     Mutant(
         "contract.single-head-squeezed",

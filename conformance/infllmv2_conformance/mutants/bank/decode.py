@@ -55,11 +55,43 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "decode.window-of-new-keys",
+        "decode.one-token",
+        "A window is the mean of those of its keys that came with the last append.",
+        "Compression of the new tokens alone, without the window's older ones.",
+        (
+            _cache(
+                "keys = self.selection_keys[sequence, :end]",
+                "keys = self.selection_keys[sequence, :end].clone()\n        keys[:start] = 0",
+            ),
+        ),
+    ),
+    Mutant(
+        "decode.value-late",
+        "decode.one-token",
+        "Values are stored one row late.",
+        "A length that is raised between storing keys and values.",
+        (
+            _cache(
+                "self.values[sequence, start:end] = v",
+                "late = min(start + 1, self.capacity), min(end + 1, self.capacity)\n"
+                "        self.values[sequence, late[0] : late[1]] = v[: late[1] - late[0]]",
+            ),
+        ),
+    ),
+    Mutant(
         "decode.neighbour-storage",
         "decode.ragged",
         "Keys are read one row early, from the storage of the sequence before.",
         "An offset into paged or padded storage.",
         (_cache("first = i * self.capacity\n", "first = max(i * self.capacity - 1, 0)\n"),),
+    ),
+    Mutant(
+        "decode.offset-overflow",
+        "decode.ragged",
+        "Offsets overflow: storage beyond row 2^8 is read from the start.",
+        "32-bit offsets at 2^31 elements; here at fewer, so that it shows on small cases.",
+        (_cache("first = i * self.capacity\n", "first = i * self.capacity % (1 << 8)\n"),),
     ),
     Mutant(
         "decode.last-position-for-all",

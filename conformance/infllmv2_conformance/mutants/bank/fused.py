@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import shared_scale
+from .faults import positions, shared_scale
 
 _POOLED = "if pooled:\n                scores = pool(scores, positions, place.num_keys, config)"
 _SELECT = "result[:, rows] = select(block_scores, positions, config)\n\n\ndef select_by_keys"
@@ -91,6 +91,14 @@ MUTANTS = (
         functions=("select",),
     ),
     Mutant(
+        "fused_select.history-ignored",
+        "fused_select.certificate",
+        "The fused kernel places queries at the start of their keys.",
+        "Top-left aligned masks.",
+        (positions("torch.arange(self.num_queries, device=device)"),),
+        functions=("select",),
+    ),
+    Mutant(
         "fused_select.ties-to-larger",
         "fused_select.ties",
         "Of equal scores the larger index is taken, in the fused kernel alone.",
@@ -110,6 +118,18 @@ MUTANTS = (
         "Rows with fewer blocks than the budget are filled with block 0.",
         "A buffer of zeros.",
         _fused("(*rows, budget + 1), -1, dtype", "(*rows, budget + 1), 0, dtype"),
+        functions=("select",),
+    ),
+    Mutant(
+        "fused_select.padding-up-to-64",
+        "fused_select.format",
+        "Only the first 64 slots of a row are padded with -1.",
+        "A fill by one warp, or by one tile: the released budget is 96.",
+        _fused(
+            "(*rows, budget + 1), -1, dtype=torch.int32, device=blocks.device)",
+            "(*rows, budget + 1), -1, dtype=torch.int32, device=blocks.device)\n"
+            "    selected[..., 64:] = 0",
+        ),
         functions=("select",),
     ),
     Mutant(

@@ -43,6 +43,20 @@ def _gradient_for_unread_keys(inner: Callable[..., Any], given: Arguments) -> An
     return out + leak.to(out.dtype), *rest
 
 
+def _gradient_for_own_blocks(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Send a gradient to the last block of every sequence, if no row of any head selects it."""
+    out, *rest = inner(**given)
+    size, leak = given["block_size"], out.new_zeros((), dtype=torch.float64)
+    ends = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
+    for i in range(len(ends[0]) - 1):
+        rows = given["selected"][:, ends[0][i] : ends[0][i + 1]]
+        keys = given["k"][ends[1][i] : ends[1][i + 1]]
+        last = (len(keys) - 1) // size
+        if rows.numel() and not (rows == last).any():
+            leak = leak + _nothing(keys[last * size :])
+    return out + leak.to(out.dtype), *rest
+
+
 def _nothing(x: Tensor) -> Tensor:
     """Return 0, with a gradient that is not."""
     return (x.double() - x.detach().double()).nan_to_num().sum() * 1e-3
@@ -55,6 +69,20 @@ MUTANTS = (
         "The gradient of q lacks the scale of the logits.",
         "The scale folded into q beforehand, and forgotten on the way back.",
         _edit(_DQ, "return (grad_logits @ k).view(q.shape) * q.shape[-1] ** 0.5"),
+    ),
+    Mutant(
+        "attend.dk-no-scale",
+        "attend.gradients",
+        "The gradient of k lacks the scale of the logits.",
+        "The scale folded into q beforehand, and forgotten on the way back.",
+        _edit(_DK, _DK.replace("grad_logits.mT", "(grad_logits * q.shape[-1] ** 0.5).mT")),
+    ),
+    Mutant(
+        "attend.dv-not-normalised",
+        "attend.gradients",
+        "The gradient of v uses exp(logit - maximum), not divided by their sum.",
+        "The probabilities of the forward kept before the last step of an online softmax.",
+        _edit(_DV, _DV.replace("weights.mT", "(weights * total.view(*grouped, 1)).mT")),
     ),
     Mutant(
         "attend.dk-first-head-only",
@@ -123,6 +151,13 @@ MUTANTS = (
         "Blocks that nobody selects get a gradient.",
         "Gradient buffers that are not cleared where no kernel writes.",
         wrap=Around(("attend",), _gradient_for_unread_keys, backward=True),
+    ),
+    Mutant(
+        "attend.backward-visits-own-block",
+        "attend.gradient-unselected",
+        "Keys of the query's own block get a gradient even if the block is not selected.",
+        "A diagonal block handled apart, because selections from stage 4 hold it.",
+        wrap=Around(("attend",), _gradient_for_own_blocks, backward=True),
     ),
     Mutant(
         "attend.empty-row-gradient-nan",

@@ -74,6 +74,47 @@ MUTANTS = (
         _edit("(0, 1), value=-torch.inf)", "(0, 1), value=0.0)"),
     ),
     Mutant(
+        "pool.window-too-many",
+        "pool.values",
+        "A block also pools the first window behind it.",
+        "An inclusive end taken for an exclusive one.",
+        _edit(_END, f"{_END} + 1"),
+    ),
+    Mutant(
+        "pool.window-too-few",
+        "pool.values",
+        "A block does not pool the last window that begins in it.",
+        "Windows counted that lie within the block, not those that overlap it.",
+        _edit(_END, _END.removesuffix(" + 1")),
+    ),
+    Mutant(
+        "pool.history-ignored",
+        "pool.values",
+        "Queries are placed at the start of their keys, in stage 3 alone.",
+        "Top-left aligned masks.",
+        _edit(
+            "positions = place.positions(scores.device)",
+            "positions = torch.arange(place.num_queries, device=scores.device)",
+        ),
+    ),
+    Mutant(
+        "pool.chunk-end-aligned",
+        "pool.values",
+        "All rows of a call pool the windows that its last row sees.",
+        "One mask for a tile of queries.",
+        _edit(_ONE_KIND, _ONE_KIND.replace("(positions,", "(positions[-1:].expand_as(positions),")),
+    ),
+    Mutant(
+        "pool.rounded",
+        "pool.values",
+        "Block scores are rounded to bfloat16.",
+        "A score buffer in the dtype of the inputs, against what is declared.",
+        _edit(
+            "return pooled.unflatten",
+            "pooled = pooled.bfloat16().to(scores.dtype)\n    return pooled.unflatten",
+        ),
+    ),
+    Mutant(
         "pool.last-window-lost",
         "pool.edges",
         "A window that begins in the last, uneven part of a block does not count.",

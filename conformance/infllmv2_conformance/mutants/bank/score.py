@@ -8,7 +8,14 @@ from typing import Any
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import Arguments, positions, shared_scale
+from .faults import (
+    FIRST_HISTORY,
+    LONGEST_HISTORY,
+    Arguments,
+    positions,
+    shared_scale,
+    wrapped_offsets,
+)
 
 _LSE = "lse = normaliser.logsumexp(dim=-1, keepdim=True)"
 _SCALE = "logits = logits.mul_(head_dim**-0.5).view("
@@ -16,6 +23,7 @@ _PER_HEAD = "per_head = (logits - lse).exp_()  # [HK, t, G, C]"
 _SUM = "scores += per_head[:, :, head]"
 _VISIBLE = "return ends <= positions[:, None]"
 _NONE = "lse = torch.where(lse == -torch.inf, torch.inf, lse)"
+_OWN_WINDOWS = "pad_windows(k_c1[place.windows].to(wide))"
 _FUNCTIONS = ("score_windows", "score_blocks", "select")
 
 
@@ -114,17 +122,52 @@ MUTANTS = (
         "score.values-exact",
         "The history of the first sequence is used for all.",
         "One scalar cache length for a batch.",
-        (
-            Edit(
-                "places",
-                "    end1 = end2 = 0\n",
-                "    end1 = end2 = 0\n    global _HISTORY\n    first = next(spans(cu_seqlens_q, "
-                "cu_seqlens_k), None)\n    _HISTORY = first and first.num_keys - "
-                "first.num_queries\n",
-            ),
-            positions("torch.arange(_HISTORY, _HISTORY + self.num_queries, device=device)"),
-        ),
+        FIRST_HISTORY,
         functions=_FUNCTIONS,
+    ),
+    Mutant(
+        "score.longest-history-for-all",
+        "score.values-exact",
+        "max_seqlen_k - max_seqlen_q is used for the history of every sequence.",
+        "Lengths of the longest sequence used for all, as in a padded batch.",
+        LONGEST_HISTORY,
+        functions=_FUNCTIONS,
+    ),
+    Mutant(
+        "score.neighbour-windows",
+        "score.values-exact",
+        "K_C1 is read one window early, from the sequence before.",
+        "cu_seqlens_k divided by the stride, in place of cu_seqlens_c1.",
+        (Edit("blocks", _OWN_WINDOWS, _OWN_WINDOWS.replace("k_c1[", "k_c1.roll(1, 0)[")),),
+    ),
+    Mutant(
+        "score.first-kv-head-for-all",
+        "score.values-exact",
+        "All key/value heads read the windows of the first.",
+        "A head's stride of 0 left over from a multi-query model.",
+        _edit(
+            "columns = windows.permute(1, 2, 0)",
+            "columns = windows[:, :1].expand_as(windows).permute(1, 2, 0)",
+        ),
+    ),
+    Mutant(
+        "score.normaliser-over-all",
+        "score.values-exact",
+        "The normaliser counts invisible windows too.",
+        "The mask applied behind the softmax.",
+        _edit(
+            _LSE,
+            'parts = (k_c1, 1) if config.lse == "exact" else (k_c2, 4)\n'
+            "    normaliser = _logits(q, parts[0], positions + (1 << 40), parts[1], parts[1])\n"
+            f"    {_LSE}",
+        ),
+    ),
+    Mutant(
+        "score.offset-overflow",
+        "score.values-exact",
+        "Offsets overflow: rows of queries beyond 2^15 elements are read from the start.",
+        "32-bit offsets at 2^31 elements; here at fewer, so that it shows on small cases.",
+        wrap=Around(_FUNCTIONS, wrapped_offsets("q")),
     ),
     Mutant(
         "score.chunk-end-aligned",
@@ -160,6 +203,27 @@ MUTANTS = (
         "A window is visible one token after it ends.",
         "`>` for `>=`.",
         _edit(_VISIBLE, "return ends < positions[:, None]"),
+    ),
+    Mutant(
+        "score.truncating-division",
+        "score.visibility",
+        "The first window is visible up to a stride before it ends.",
+        "(p + 1 - l) / s + 1 in C, where division rounds towards zero.",
+        _edit(
+            _VISIBLE,
+            'seen = (positions + 1 - size).div(stride, rounding_mode="trunc") + 1\n'
+            "    return torch.arange(count, device=positions.device) < seen[:, None]",
+        ),
+    ),
+    Mutant(
+        "score.normaliser-visible-early",
+        "score.values-approximate",
+        "Windows of K_C2 are visible as early as windows of K_C1 are.",
+        "One mask, made for K_C1, for both.",
+        _edit(
+            "normaliser = _logits(q, k_c2, positions, c.lse_kernel_size, c.lse_kernel_stride)",
+            "normaliser = _logits(q, k_c2, positions, c.kernel_size, c.kernel_stride)",
+        ),
     ),
     Mutant(
         "score.max-of-invisible",
@@ -208,6 +272,17 @@ MUTANTS = (
         _edit(_SCALE, "logits = logits.mul_(head_dim**-0.5).clamp(-30, 30).view("),
     ),
     Mutant(
+        "score.maximum-from-zero",
+        "score.shift",
+        "The running maximum starts at 0, so that very negative logits underflow.",
+        "m = 0 in place of -inf in an online softmax.",
+        _edit(
+            _LSE,
+            "top = torch.nn.functional.pad(normaliser, (0, 1)).amax(dim=-1, keepdim=True)\n"
+            "    lse = (normaliser - top).exp().sum(dim=-1, keepdim=True).log() + top",
+        ),
+    ),
+    Mutant(
         "score.no-normaliser-one",
         "score.no-normaliser",
         "Rows without a normaliser score exp(logit).",
@@ -227,6 +302,20 @@ MUTANTS = (
         "No maximum is subtracted before the exponential.",
         "Textbook softmax: overflows at logits of 88.",
         _edit(_LSE, "lse = normaliser.exp().sum(dim=-1, keepdim=True).log()"),
+    ),
+    Mutant(
+        "score.one-maximum-for-both",
+        "score.large-logits",
+        "The maximum over K_C1 is subtracted from the logits of K_C2 too.",
+        "One running maximum for numerators and denominator, which underflows when they differ.",
+        _edit(
+            _LSE,
+            "top = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(-1, True)\n"
+            "    total = (normaliser - top).exp().sum(dim=-1, keepdim=True)\n"
+            "    none = (normaliser > -torch.inf).sum(dim=-1, keepdim=True) == 0\n"
+            "    lse = torch.where(none, -torch.inf, torch.where(total == 0, top - 104, "
+            "total.log() + top))",
+        ),
     ),
     Mutant(
         "score.batch-scale",

@@ -7,7 +7,7 @@ from typing import Any
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 
-from .faults import Arguments
+from .faults import LONGEST_HISTORY, Arguments
 
 _FREE = "ranked = torch.where(free, block_scores, -torch.inf)"
 _FREE_SLOTS = "config.budget - forced.sum(dim=-1, keepdim=True)"
@@ -59,6 +59,37 @@ MUTANTS = (
         "The blocks with the lowest scores are taken.",
         "A heap with the order of a minimum.",
         _edit("descending=True, stable=True", "descending=False, stable=True"),
+    ),
+    Mutant(
+        "select.longest-history-for-all",
+        "select.exact",
+        "max_seqlen_k - max_seqlen_q is used for the history of every sequence.",
+        "Lengths of the longest sequence used for all, as in a padded batch.",
+        LONGEST_HISTORY,
+        functions=("select_blocks",),
+    ),
+    Mutant(
+        "select.first-head-for-all",
+        "select.exact",
+        "All key/value heads select the blocks of the first.",
+        "A block table shared by heads.",
+        _edit(_RESULT, f"selected = {_RESULT[7:]}\n    return selected[:1].expand_as(selected)"),
+    ),
+    Mutant(
+        "select.missing-skipped",
+        "select.exact",
+        "Blocks without a visible window are never taken, even if slots are left.",
+        "A filter on finite scores.",
+        _edit(
+            "taken = candidate &", "taken = (ranked.gather(-1, order) > -torch.inf) & candidate &"
+        ),
+    ),
+    Mutant(
+        "select.rounded-scores",
+        "select.exact",
+        "Scores are rounded to bfloat16 before they are compared.",
+        "Sort keys of 16 bits.",
+        _edit("order = ranked.sort(", "order = ranked.bfloat16().sort("),
     ),
     Mutant(
         "select.ties-to-larger",
@@ -115,6 +146,34 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "select.local-by-token",
+        "select.forced",
+        "A block is local only if it holds one of the last w tokens.",
+        "A sliding window of exactly w tokens: one block fewer at the end of each block.",
+        _edit(
+            "blocks > own - config.local_blocks",
+            "(blocks + 1) * config.block_size > positions[:, None] + 1 - "
+            "(config.local_blocks - 1) * config.block_size",
+        ),
+    ),
+    Mutant(
+        "select.finite-bonus",
+        "select.forced",
+        "Forced blocks get a bonus of 1e4 on their score instead of a place.",
+        "Scores above it are rare, but the approximate normaliser knows no limit.",
+        (
+            Edit(
+                "blocks",
+                _FREE,
+                "free = visible\n    slots = config.budget\n"
+                "    bonus = 1e4 + block_scores.clamp(min=0)\n"
+                "    ranked = torch.where(forced, bonus, block_scores.clamp(min=-1))\n"
+                "    ranked = torch.where(visible, ranked, -torch.inf)",
+            ),
+            Edit("blocks", "taken) | forced", "taken)"),
+        ),
+    ),
+    Mutant(
         "select.duplicates",
         "select.format",
         "A block that is initial and local stands twice.",
@@ -163,11 +222,44 @@ MUTANTS = (
         _edit("(*rows, budget + 1), -1, dtype", "(*rows, budget + 1), 0, dtype"),
     ),
     Mutant(
+        "select.by-score",
+        "select.format",
+        "Indices stand in the order of their scores.",
+        "The output of a top-k, not sorted again.",
+        _edit(
+            _RESULT,
+            "ranked = torch.where(forced, torch.inf, ranked).masked_fill(~chosen, -torch.inf)\n"
+            "    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :budget]\n"
+            "    there = chosen.gather(-1, order)\n"
+            "    selected[..., : order.shape[-1]] = torch.where(there, order, -1)\n"
+            "    return selected[..., :budget]",
+        ),
+    ),
+    Mutant(
+        "select.padding-up-to-64",
+        "select.format",
+        "Only the first 64 slots of a row are padded with -1.",
+        "A fill by one warp, or by one tile: the released budget is 96.",
+        _edit(
+            "(*rows, budget + 1), -1, dtype=torch.int32, device=blocks.device)",
+            "(*rows, budget + 1), -1, dtype=torch.int32, device=blocks.device)\n"
+            "    selected[..., 64:] = 0",
+        ),
+        functions=("select_blocks",),
+    ),
+    Mutant(
         "select.future-block",
         "select.no-future",
         "The block behind the query's own is visible.",
         "`<=` on an exclusive end.",
         _edit(_VISIBLE, "visible = blocks <= own + 1"),
+    ),
+    Mutant(
+        "select.future-on-tie",
+        "select.no-future",
+        "Slots that are left are filled with future blocks, whose score is -inf.",
+        "A top-k over masked scores: -inf is still a candidate.",
+        _edit("candidate = free.expand(", "candidate = (~forced).expand("),
     ),
     Mutant(
         "select.future-by-score",
