@@ -9,6 +9,7 @@ import pytest
 
 from infllmv2_conformance import loading
 from infllmv2_conformance.loading import LoadError, known_names, load
+from infllmv2_conformance.mutants.build import MutantError
 
 GOOD = """
     class Kernel:
@@ -52,6 +53,17 @@ def test_built_in():
     assert candidate.name == "eager"
     assert candidate.offers("attend")
     assert not candidate.offers("nonsense")
+
+
+def test_mutant():
+    candidate = load("mutant:attend.diagonal-mask")
+    assert candidate.name == "mutant:attend.diagonal-mask"
+    assert candidate.offers("attend")
+
+
+def test_unknown_mutant():
+    with pytest.raises(MutantError, match="no-padding"):
+        load("mutant:pool.no-paddin")
 
 
 @pytest.mark.parametrize("spec", ["kernel.py:KERNEL", "kernel.py:Kernel", "kernel.py:Group.inner"])

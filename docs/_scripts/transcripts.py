@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("README.md", "docs/failures.md")
+FILES = ("README.md", "docs/failures.md", "docs/mutants.md")
 PLACE = re.compile(
     r"(?P<begin><!-- transcript: (?P<command>[^\n]+?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,

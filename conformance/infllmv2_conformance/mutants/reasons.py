@@ -23,7 +23,7 @@ REASONS: dict[str, str] = {
     ),
     "attend.every-token": (
         "attend.values draws the same regime, in one case of nine. Here every case has a channel "
-        "for each token, which shows a lost token even under bounds that are wide, because a kernel "
+        "for each token, which shows a lost one even where bounds are wide, because a kernel "
         "declares coarse arithmetic or the context is long."
     ),
     "attend.partial-block": (
