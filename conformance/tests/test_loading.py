@@ -8,8 +8,8 @@ from textwrap import dedent
 import pytest
 
 from infllmv2_conformance import loading
+from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.loading import LoadError, known_names, load
-from infllmv2_conformance.mutants.build import MutantError
 
 GOOD = """
     class Kernel:
@@ -62,7 +62,7 @@ def test_mutant():
 
 
 def test_unknown_mutant():
-    with pytest.raises(MutantError, match="no-padding"):
+    with pytest.raises(UsageError, match="no-padding"):
         load("mutant:pool.no-paddin")
 
 

@@ -18,7 +18,9 @@ from infllmv2_conformance.mutants.model import Around, Edit, Mutant
 from infllmv2_conformance.mutants.reach import reach
 from infllmv2_conformance.mutants.reasons import REASONS
 from infllmv2_conformance.mutants.suite_tests import Outcome
+from infllmv2_conformance.mutants.terminal import show_grid
 from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.terminal import make_console
 
 SAMPLE = (
     "compress.window-too-few",
@@ -31,7 +33,6 @@ SAMPLE = (
     "select.local-one-short",
     "select.finite-bonus",
     "attend.diagonal-mask",
-    "attend.lse-base-2",
     "attend.dk-first-head-only",
     "attention.last-slot-lost",
     "decode.one-window-per-append",
@@ -53,8 +54,8 @@ def problems(*rows: Row, profile: str = "ci", whole: bool = False) -> list[str]:
     return Matrix(rows, profile, 0, whole).problems()
 
 
-def killed(name: str, rule: str | None = None, **fields) -> Row:
-    return Row(name, Outcome(rule or MUTANTS[name].rule, killed=True, cases=1, **fields))
+def killed(name: str, others: tuple[Outcome, ...] = ()) -> Row:
+    return Row(name, Outcome(MUTANTS[name].rule, killed=True, cases=1), others)
 
 
 # The bank
@@ -250,10 +251,17 @@ def test_command_shares_the_work(capsys):
 
 
 def test_full_matrix_is_a_grid(capsys):
-    assert run("score_blocks.bf16", "--full") == 0
-    out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.endswith(("#", ".")) and "bf16" in line)
-    assert "#." in line
+    rows = [
+        killed("compress.max", others=(Outcome("compress.prefix-stable"),)),
+        killed("pool.mean", others=(Outcome("pool.edges", killed=True),)),
+    ]
+    show_grid(make_console(), rows)
+    lines = capsys.readouterr().out.splitlines()
+    order = list(RULES)
+    first, second = (line.split(maxsplit=1)[1] for line in lines[-2:])
+    assert first.strip() == "# ."
+    assert second.strip() == "##"
+    assert lines[-1].index("##") - lines[-2].index("#") == order.index("pool.values")
 
 
 @pytest.mark.parametrize(

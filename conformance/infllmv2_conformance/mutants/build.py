@@ -39,7 +39,8 @@ def load_mutant(name: str) -> Candidate:
     """Return the mutant of an id, as `mutant:<id>` names it on the command line.
 
     Raises:
-        MutantError: there is none of this id, or it cannot be built.
+        UsageError: there is none of this id.
+        MutantError: it cannot be built.
     """
     from .bank import MUTANTS
 

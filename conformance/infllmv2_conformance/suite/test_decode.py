@@ -5,28 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from hypothesis import strategies as st
 
 from infllmv2_conformance.cases import Case
+from infllmv2_conformance.inputs import Inputs
 from infllmv2_conformance.programs import Machine, parse_steps, programs, write_steps
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases
 from infllmv2_conformance.trial import Trial
 
+DECISIVE = 12.0
+"""The logit of a window that consists of the keys which a query looks for."""
 REGIMES = ("normal", "peaked", "integers", "needles", "correlated")
 
 
 @rule("decode.one-token")
 def test_one_token(run: Runner) -> None:
-    """Append a prompt, then append and decode one token at a time."""
+    """Append a prompt, then append and decode one token at a time.
+
+    Half of the cases are made so that the newest window decides. Mostly it lies in local blocks,
+    which are forced; so these cases force the query's own block alone, end where a window that
+    reaches into the block before is complete, and query for its last keys.
+    """
+
+    def change(case: Case) -> Case:
+        if not _decided_by_newest(case):
+            return case
+        return replace(case, init_blocks=0, window_size=0, local_override=None, topk=2)
 
     def program(case: Case) -> str:
-        num_keys = case.sequences[0][1]
-        last = min(num_keys, 3 * case.kernel_stride + 2, 30)
-        return write_steps([("a", (num_keys - last,)), *[("a", (1,)), ("d", (1,))] * last])
+        end = case.sequences[0][1]
+        if _decided_by_newest(case):
+            overlap = case.kernel_size - case.kernel_stride
+            boundary = (end - overlap) // case.block_size * case.block_size
+            end = boundary + overlap if boundary > 0 else end
+        last = min(end, 3 * case.kernel_stride + 2, 30)
+        return write_steps([("a", (end - last,)), *[("a", (1,)), ("d", (1,))] * last])
 
-    _run(run, program, batch=1)
+    def check(trial: Trial) -> None:
+        if _decided_by_newest(trial.case):
+            trial.__dict__["inputs"] = _looking_back(trial)
+        _check(trial)
+
+    _run(run, program, batch=1, change=change, check=check)
 
 
 @rule("decode.several-tokens")
@@ -104,6 +127,22 @@ def _check(trial: Trial) -> None:
     Machine(trial).run(parse_steps(trial.case.steps))
 
 
+def _decided_by_newest(case: Case) -> bool:
+    return case.seed % 2 == 1
+
+
+def _looking_back(trial: Trial) -> Inputs:
+    """Return inputs in which every other query head looks for the mean of the last stride's keys."""
+    inputs, stride = trial.inputs, trial.case.kernel_stride
+    total = torch.nn.functional.pad(inputs.k.double(), (0, 0, 0, 0, stride, 0)).cumsum(0)
+    recent = (total[stride:] - total[:-stride]) / stride  # [total_k, HK, D]
+    length = recent.square().sum(dim=-1, keepdim=True).clamp(min=1e-6)
+    q = recent * (DECISIVE * trial.case.head_dim**0.5 / length)
+    heads = torch.arange(trial.case.query_heads, device=trial.device) % trial.case.group
+    q = q.repeat_interleave(trial.case.group, dim=1).to(inputs.q.dtype)
+    return replace(inputs, q=torch.where(heads[:, None] % 2 == 0, q, inputs.q))
+
+
 def _rewritten(case: Case) -> Case:
     """Fill the cache, take two thirds back, and fill it with other tokens."""
     lengths = [keys for _, keys in case.sequences]
@@ -136,6 +175,7 @@ def _run(
     program: Callable[[Case], str],
     batch: int,
     change: Callable[[Case], Case] = lambda case: case,
+    check: Callable[[Trial], None] = _check,
 ) -> None:
     drawn = cases(
         run,
@@ -152,4 +192,4 @@ def _run(
         case = change(case)
         return replace(case, steps=program(case))
 
-    run.cases(drawn.map(with_program), _check, weight=0.7)
+    run.cases(drawn.map(with_program), check, weight=0.7)
