@@ -132,7 +132,7 @@ def _decided_by_newest(case: Case) -> bool:
 
 
 def _looking_back(trial: Trial) -> Inputs:
-    """Return inputs in which every other query head looks for the mean of the last stride's keys."""
+    """Return inputs in which every other query head looks for the keys of the last stride."""
     inputs, stride = trial.inputs, trial.case.kernel_stride
     total = torch.nn.functional.pad(inputs.k.double(), (0, 0, 0, 0, stride, 0)).cumsum(0)
     recent = (total[stride:] - total[:-stride]) / stride  # [total_k, HK, D]
