@@ -16,10 +16,12 @@ from hypothesis.configuration import storage_directory
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
+from torch import Tensor
 
 from .candidate import Candidate
 from .cases import Case
 from .failure import ConformanceFailure, Finding
+from .margins import Margins
 from .profiles import Profile
 from .trial import Trial
 
@@ -42,14 +44,18 @@ class Tally:
     Args:
         cases: cases that ran to their end or failed.
         worst_ratio: the largest difference over its bound, None if the rule compares no numbers.
+        margins: how many places use how much of their bound.
     """
 
     cases: int = 0
     worst_ratio: float | None = None
+    margins: Margins = field(default_factory=Margins)
 
-    def ratio(self, value: float) -> None:
-        """Note one comparison's worst difference over bound."""
-        self.worst_ratio = value if self.worst_ratio is None else max(self.worst_ratio, value)
+    def ratios(self, ratios: Tensor) -> None:
+        """Note one comparison's differences over their bounds."""
+        self.margins.add(ratios)
+        worst = max(ratios.max().item(), 0.0) if ratios.numel() else 0.0
+        self.worst_ratio = worst if self.worst_ratio is None else max(self.worst_ratio, worst)
 
 
 @dataclass
@@ -130,7 +136,7 @@ class Runner:
     def run_case(self, case: Case, check: Callable[[Trial], object]) -> None:
         """Apply `check` to one case; a subclass may watch, and must call this."""
         self.tally.cases += 1
-        trial = Trial(case, self.candidate, self.device, self.tally.ratio, self.function)
+        trial = Trial(case, self.candidate, self.device, self.tally.ratios, self.function)
         try:
             check(trial)
         except ConformanceFailure as failure:

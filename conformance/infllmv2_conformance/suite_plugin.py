@@ -25,7 +25,7 @@ from .events import EventLog, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .loading import load
-from .names import STAGES, check_names
+from .names import FUNCTIONS, STAGES, check_names
 from .plugin import SUITE, option
 from .profiles import PROFILES
 from .rules import RULES, Rule
@@ -192,6 +192,7 @@ class SuitePlugin:
         self._tell(
             "session",
             implementation=self.candidate.name,
+            functions=[name for name in FUNCTIONS if self.candidate.offers(name)],
             capabilities=self.candidate.capabilities.to_mapping(),
             device=str(self.device),
             profile=option(self.config, "profile"),
@@ -268,6 +269,7 @@ class SuitePlugin:
         return {
             "cases": tally.cases if tally else 0,
             "worst_ratio": tally.worst_ratio if tally else None,
+            "margins": tally.margins.to_json() if tally else None,
             **vars(course.verdict),
         }
 

@@ -56,6 +56,9 @@ class Listener(Protocol):
     def finished(self, run: Run, result: Result) -> None:
         """Take note of what became of a rule."""
 
+    def waiting(self, run: Run) -> None:
+        """Take note that the run goes on; called many times a second."""
+
 
 @dataclass
 class _Running:
@@ -84,7 +87,8 @@ class Supervisor:
         self.order, self.listener = order, listener
         path = order.known_failures
         self._known = read_known_failures(path) if path else {}
-        self.run = Run(order.impl, order.profile, order.seed)
+        only = {"stages": list(order.stage), "rules": list(order.rule)}
+        self.run = Run(order.impl, order.profile, order.seed, only=only)
         self._folder = Path(tempfile.mkdtemp(prefix="infllmv2-"))
         self._tail = EventTail(self._folder / "events")
         self._running: dict[int, _Running] = {}
@@ -108,6 +112,13 @@ class Supervisor:
             self.run.stopped, self.run.signal = str(stop), stop.number
         except KeyboardInterrupt:
             self.run.stopped, self.run.signal = "Ctrl-C", signal.SIGINT
+        except UsageError as error:
+            if not self.run.plan:
+                raise
+            self.run.stopped = str(error)
+        except Exception:
+            self.run.stopped = "an error of infllmv2 itself, please report it"
+            raise
         finally:
             if self._child:
                 self._child.kill()
@@ -142,10 +153,16 @@ class Supervisor:
                     break
             self._end_hanging(child)
             self._end_silent(child)
-            self.run.seconds = time.monotonic() - self._begin
+            self._tell_waiting()
             time.sleep(POLL_SECONDS if running else 0)
         for pid in list(self._running):
             self._lose(pid, child, how_it_ended(child.status() if not child.running() else None))
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        self.run.seconds = time.monotonic() - self._begin
+        self.run.running = [running.result.name for running in self._running.values()]
+        self.listener.waiting(self.run)
 
     def _take(self, event: Event, child: Child) -> None:
         self._last_event = time.monotonic()
@@ -244,6 +261,7 @@ def _result(event: dict[str, Any]) -> Result:
         event["seconds"],
         event["text"],
         event["failure"],
+        event["margins"],
     )
 
 
