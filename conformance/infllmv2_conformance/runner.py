@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ from .margins import Margins
 from .profiles import Profile
 from .trial import Trial
 
-SHRINK_SECONDS = 6.0
+SHRINK_CASES, SHRINK_SECONDS = 80, 20.0
+"""How long a failing case is made smaller: so many cases, the same on every machine and with any
+number of processes, unless the implementation is so slow that the time ends first."""
 BATCH = 9
 """Cases of one Hypothesis run: from the tenth on it repeats parts of earlier ones, which here only
 gives five near-duplicates for each new case."""
@@ -99,19 +102,23 @@ class Runner:
         if self.only is not None:
             self.run_case(self.only, check)
             return
-        failed: dict[Case, float] = {}
+        failed: dict[Case, None] = {}
+        end = math.inf, math.inf  # of shrinking: cases, and time
         passed: set[Case] = set()
 
         def body(case: Case) -> None:
+            nonlocal end
             if case in passed:
                 return
-            late = failed and time.monotonic() > next(iter(failed.values())) + SHRINK_SECONDS
+            late = self.tally.cases >= end[0] or time.monotonic() > end[1]
             if late and case not in failed:
-                return  # the time to shrink is over: keep the smallest failure known
+                return  # keep the smallest failure known
             try:
                 self.run_case(case, check)
             except ConformanceFailure:
-                failed.setdefault(case, time.monotonic())
+                if not failed:
+                    end = self.tally.cases + SHRINK_CASES, time.monotonic() + SHRINK_SECONDS
+                failed[case] = None
                 raise
             passed.add(case)
 

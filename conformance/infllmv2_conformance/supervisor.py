@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from .child import Child, Order, how_it_ended, last_words
 from .errors import UsageError
-from .events import Event, EventTail
+from .events import LOG_STATUS, Event, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .report.model import Result, Run
@@ -155,9 +155,16 @@ class Supervisor:
             self._end_silent(child)
             self._tell_waiting()
             time.sleep(POLL_SECONDS if running else 0)
+        if not child.running() and child.status() == LOG_STATUS:
+            self._stop_for_room()
         for pid in list(self._running):
             self._lose(pid, child, how_it_ended(child.status() if not child.running() else None))
         self._tell_waiting()
+
+    def _stop_for_room(self) -> None:
+        """End a run whose processes cannot tell what they find; no rule is to blame."""
+        self._running.clear()
+        self.run.stopped = f"the suite cannot write to {self._folder.parent} (is the disk full?)"
 
     def _tell_waiting(self) -> None:
         self.run.seconds = time.monotonic() - self._begin
@@ -183,6 +190,8 @@ class Supervisor:
             case {"event": "result", "pid": pid} if pid in self._running:
                 del self._running[pid]
                 self._finish(_result(event))
+            case {"event": "worker-down", "status": status} if status == LOG_STATUS:
+                self._stop_for_room()
             case {"event": "worker-down", "worker": worker, "status": status}:
                 for pid in [p for p, r in self._running.items() if r.worker == worker]:
                     self._lose(pid, child, how_it_ended(status))

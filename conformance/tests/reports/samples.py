@@ -235,7 +235,7 @@ def nasty() -> Run:
     data = failure.to_json() | {"looks_like": [{"id": NASTY, "sentence": NASTY}]}
     run.results["attend.causal", ""] = Result(
         *("attend.causal", "", "failed", 10**9, float("nan"), 1e9),
-        f"{failure}\x07\x9b" + "\nline" * 10_000,
+        "\x07\x9b" + "\nline" * 10_000,
         data,
     )
     run.session["environment"] = {"gpus": [NASTY], "packages": {NASTY: NASTY}}
