@@ -21,9 +21,12 @@ class Margins:
 
     def add(self, ratios: Tensor) -> None:
         """Count the places of one comparison, float64, with `NOT_COMPARED` where there is none."""
-        compared = ratios[ratios >= 0]
-        octave = compared.log2().ceil_().clamp_(-LIMIT - 1, LIMIT + 1)  # of 0: -inf, the first
-        self._counts += torch.bincount((octave + LIMIT + 1).long(), minlength=2 * LIMIT + 3)
+        # The exponent of the next smaller float64, and 1: log2 rounded up, in a tenth of its time.
+        # Of 0 and of NOT_COMPARED it is far below all others.
+        octave = (ratios.double().view(torch.int64) - 1).bitwise_right_shift_(52).sub_(1022)
+        places = octave.clamp_(-LIMIT - 1, LIMIT + 1).add_(LIMIT + 1)
+        self._counts += torch.bincount(places.flatten(), minlength=2 * LIMIT + 3)
+        self._counts[0] -= (ratios < 0).sum()
 
     def to_json(self) -> dict[str, Any] | None:
         """Return plain data, None if nothing was counted.
