@@ -80,7 +80,7 @@ class Supervisor:
         listener: is told what happens.
 
     Raises:
-        KnownFailuresError: the file of known failures is wrong.
+        UsageError: the file of known failures is wrong, or there is no room for temporary files.
     """
 
     def __init__(self, order: Order, listener: Listener) -> None:
@@ -89,7 +89,7 @@ class Supervisor:
         self._known = read_known_failures(path) if path else {}
         only = {"stages": list(order.stage), "rules": list(order.rule)}
         self.run = Run(order.impl, order.profile, order.seed, only=only)
-        self._folder = Path(tempfile.mkdtemp(prefix="infllmv2-"))
+        self._folder = _make_folder()
         self._tail = EventTail(self._folder / "events")
         self._running: dict[int, _Running] = {}
         self._begin = time.monotonic()
@@ -257,6 +257,13 @@ class Supervisor:
             raise UsageError(f"{what} {how_it_ended(status)}\n{words}".rstrip())
         if words and status != 5:
             self.run.stopped = f"the suite did not start\n{words}"
+
+
+def _make_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="infllmv2-"))
+    except OSError as error:
+        raise UsageError(f"cannot make a folder for the run: {error}") from None
 
 
 def _result(event: dict[str, Any]) -> Result:

@@ -16,12 +16,12 @@ STEPS = (1, 2, 5, 10, 20, 50, 100)
 HEAT = (
     ("within-0", 0.0, "final rounding at most"),
     ("within-1", 0.1, "up to 0.1"),
-    ("within-2", 0.5, "to 0.5"),
-    ("within-3", 1.0, "to 1: the bound"),
-    ("over-1", 2.0, "to 2"),
-    ("over-2", 10.0, "to 10"),
-    ("over-3", 100.0, "to 100"),
-    ("over-4", math.inf, "more"),
+    ("within-2", 0.5, "up to 0.5"),
+    ("within-3", 1.0, "up to 1, the bound"),
+    ("over-1", 2.0, "up to 2"),
+    ("over-2", 10.0, "up to 10"),
+    ("over-3", 100.0, "up to 100"),
+    ("over-4", math.inf, "above 100"),
 )
 """Classes of error over bound: name, upper end, label."""
 INFINITE = ("over-5", "infinite or NaN")
@@ -36,13 +36,23 @@ BLOCKS = {
 }
 """Classes of the cells of a selection map."""
 LABELS = {
-    "forced": "forced: in both",
-    "scored": "by score: in both",
-    "missed": "missed: only the oracle has it",
-    "extra": "extra: only the kernel has it",
-    "unselected": "in neither",
+    "selection": {
+        "forced": "forced: in both",
+        "scored": "by score: in both",
+        "missed": "missed: only the oracle has it",
+        "extra": "extra: only the kernel has it",
+        "unselected": "in neither",
+    },
+    "form": {
+        "forced": "forced, and selected",
+        "scored": "selected, not judged",
+        "missed": "forced, but missing",
+        "extra": "selected, though after the query",
+        "unselected": "not selected",
+    },
+    "nothing": {"forced": "forced", "scored": "by score", "unselected": "not selected"},
 }
-ATTENDED_LABELS = {"forced": "forced", "scored": "by score", "unselected": "not selected"}
+"""What the classes mean, by what is judged."""
 
 Picture = dict[str, Any]
 
@@ -92,7 +102,7 @@ def error_legend(picture: Picture) -> list[tuple[str, str]]:
 def selection_legend(picture: Picture) -> list[tuple[str, str]]:
     """Return the classes in a selection map, and what they mean."""
     found = {BLOCKS.get(cell) for row in picture["cells"] for cell in row}
-    labels = ATTENDED_LABELS if picture["judged"] == "nothing" else LABELS
+    labels = LABELS[picture["judged"]]
     return [(name, label) for name, label in labels.items() if name in found]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from infllmv2_conformance.report.html import to_html
@@ -27,9 +29,10 @@ def pages(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    ("name", "width", "dark"),
+    [*product(MAKE, (1280, 390), (False,)), ("failed", 1280, True), ("failed", 390, True)],
+)
 def test_page_fits_and_is_quiet(browser, pages, name, width, dark):
     looks = (UNFOLD, WIDE, CUT_OFF)
     page = browser.open(pages / f"{name}.html", width, dark=dark, expressions=looks)

@@ -36,6 +36,7 @@ def test_margins_count_by_octaves():
 
 
 @given(st.lists(st.floats(0, 2.0**LIMIT) | st.just(math.inf), max_size=50))
+@settings(deadline=None)
 def test_margins_agree_with_a_loop(numbers):
     margins, octaves, zero, infinite = Margins(), {}, 0, 0
     margins.add(torch.tensor(numbers, dtype=torch.float64))
@@ -76,6 +77,7 @@ def test_nothing_compared_is_nothing_counted():
 
 
 @given(SIZES, SIZES, st.integers(1, 3), st.integers(0, 2**30))
+@settings(max_examples=30, deadline=None)
 def test_error_map_keeps_the_worst_of_what_falls_together(queries, heads, channels, seed):
     ratio = torch.rand(queries, heads, channels, generator=samples.random(seed)).double() * 4
     ratio[ratio < 1] = NOT_COMPARED

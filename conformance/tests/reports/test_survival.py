@@ -86,23 +86,6 @@ def test_killed_supervisor_leaves_a_young_report(tmp_path, hanging, validate):
     assert badge["message"] == "incomplete, compress, quick"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_leaves_reports_that_say_so(tmp_path, hanging, validate, number):
-    until(tmp_path / "out", at_work)
-    hanging.send_signal(number)
-    hanging.communicate(timeout=30)
-    assert hanging.returncode == 128 + number
-    data = read(tmp_path / "out")
-    validate(data)
-    name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert data["verdict"]["stopped"] == name
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert f"The run was stopped: {name}." in page
-    junit = (tmp_path / "out" / "junit.xml").read_text()
-    assert f'message="the run ended before: {name}"' in junit
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == NAMES
-
-
 def test_killed_child_costs_its_rule_and_the_report_tells(tmp_path, write_fake, infllmv2, validate):
     impl = write_fake(before="if first_time(): os.kill(os.getpid(), 9)")
     assert infllmv2("check", impl, "--stage", "compress", "--report", "out").returncode == 1
