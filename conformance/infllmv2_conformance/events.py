@@ -54,7 +54,11 @@ class EventTail:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue  # torn by a full disk: the process that wrote it has ended itself
+                yield event
 
 
 def plain(value: Any) -> Any:

@@ -122,6 +122,11 @@ def test_events_are_read_line_by_line(tmp_path: Path):
         file.write(' a line"}\n')
     assert [event["event"] for event in tail.read()] == ["half a line"]
     assert not list(tail.read())
+    with (tmp_path / "events").open("a") as file:
+        file.write('{"event": "torn')
+    log.write("start", rule="b")
+    log.write("start", rule="c")
+    assert [event["rule"] for event in tail.read()] == ["c"], "the others are one line now"
 
 
 def test_events_hold_no_numbers_that_json_lacks():
