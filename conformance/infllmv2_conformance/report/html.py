@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from infllmv2_conformance.visible import visible
 
@@ -74,9 +74,8 @@ def _headline(data: Data) -> dict[str, str]:
     if not data["results"]:
         return {"kind": "partial", "text": "Nothing ran"}
     if broken:
-        rules = "rule is" if broken == 1 else "rules are"
-        text = f"{broken} of {applied} {rules} broken"
-        return {"kind": "failed", "text": text}
+        verb = "is" if broken == 1 else "are"
+        return {"kind": "failed", "text": f"{broken} of {applied} rules {verb} broken"}
     if not verdict["complete"]:
         return {"kind": "partial", "text": f"Incomplete: {counts['not run']} rules did not run"}
     if not verdict["green"]:
@@ -142,6 +141,11 @@ def clean(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return visible(value)
+
+
+def breakable(text: str) -> Markup:
+    """Return text that may go on in a new line behind each of its separators."""
+    return Markup(re.sub(r"([,/_:]+)(?=\w)", r"\1<wbr>", str(escape(visible(text)))))
 
 
 def cut(text: Any, size: int = CUT_WORDS) -> str:
@@ -220,6 +224,7 @@ def _environment() -> Environment:
         autoescape=True,
         undefined=StrictUndefined,
         finalize=clean,
+        auto_reload=False,  # whatever becomes of the files while a run goes on
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -227,6 +232,7 @@ def _environment() -> Environment:
     filters |= {
         "anchor": anchor,
         "as_number": as_number,
+        "breakable": breakable,
         "cut": cut,
         "moment": moment,
         "precise": precise,

@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 DOCUMENTATION = ("https://arxiv.org/abs/2509.24663",)
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"wbr", "meta", "link", "br", "img", "input", "hr"}
 LOADS = {"src", "srcset", "poster", "action", "formaction", "background", "data", "xlink:href"}
 
 
@@ -35,7 +35,7 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        self.words.append(" ")
+        self.words.append("" if tag == "wbr" else " ")
         if tag not in VOID:
             self._open.append(tag)
 

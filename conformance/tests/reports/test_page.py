@@ -140,7 +140,7 @@ def test_report_of_format_1_has_no_pictures():
             Run("some", "quick", 0, plan=[("pool.edges", "")], results={
                 ("pool.edges", ""): Result("pool.edges", "", "failed", text="known:3 is stale")
             }),
-            "1 of 1 rule is broken",
+            "1 of 1 rules is broken",
         ),
     ],
 )  # fmt: skip
