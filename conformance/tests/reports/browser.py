@@ -54,20 +54,13 @@ class Browser:
 
     def __init__(self, program: str, folder: Path) -> None:
         ours, theirs = os.pipe(), os.pipe()  # what it reads, and what it writes
-
-        def connect() -> None:
-            reads, writes = os.dup(ours[0]), os.dup(theirs[1])  # 3 or 4 may be any of them
-            high = [os.dup2(fd, place) for fd, place in ((reads, 60), (writes, 61))]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
+        pipes = f"3</dev/fd/{ours[0]} 4>/dev/fd/{theirs[1]}"
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            ["sh", "-c", f'exec "$@" {pipes}', "sh", program, *FLAGS, f"--user-data-dir={folder}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            close_fds=False,
-            preexec_fn=connect,
+            pass_fds=(ours[0], theirs[1]),
         )
         os.close(ours[0])
         os.close(theirs[1])

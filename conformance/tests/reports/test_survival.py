@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -121,9 +120,13 @@ def test_exception_of_the_suite_is_in_the_report(tmp_path, write_fake, infllmv2,
     assert "ZeroDivisionError" in (tmp_path / "out" / "report.html").read_text()
 
 
-def limit_files(size: int) -> Callable[[], None]:
-    """Return what lets no file of a process grow beyond a size, as on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+LIMITED = """
+import os, resource, sys
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+"""Starts Python so that no file can grow beyond a size, as on a full disk."""
 
 
 @pytest.fixture
@@ -131,14 +134,14 @@ def check_on_full_disk(tmp_path, environment):
     """Run a check whose files may grow to a size only."""
 
     def run(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["-m", "infllmv2_conformance", "check", *arguments]
         return subprocess.run(
-            [sys.executable, "-m", "infllmv2_conformance", "check", *arguments],
+            [sys.executable, "-c", LIMITED, str(size), *command],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
             check=False,
-            preexec_fn=limit_files(size),
         )
 
     return run
