@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from infllmv2_reference import SparseConfig
+from infllmv2_reference import SparseConfig, select_blocks
 from infllmv2_reference.geometry import num_blocks
 from infllmv2_reference.layout import Span
 
 from .bounds import Bounded, dtype_name, rounding
-from .failure import fail
+from .failure import Picture, fail
+from .margins import NOT_COMPARED
 from .masks import competing_blocks, forced_blocks, members, positions
+from .pictures import error_map, selection_map
 
 AXES = {
     "windows": ("window", "kv head", "channel"),
@@ -44,7 +47,7 @@ def check_values(
     expected: Bounded,
     span: Span,
     kind: str,
-    note: Callable[[float], None],
+    note: Callable[[Tensor], None],
     mask: Tensor | None = None,
 ) -> None:
     """Fail unless `|actual - expected.value| <= expected.bound` wherever `mask` holds.
@@ -61,14 +64,14 @@ def check_values(
     error = (actual - value).abs().where(actual != value, 0.0)
     ratio = (error - storage) / (bound - storage)
     ratio = ratio.where(error > storage, 0.0)  # 0 / 0 where both are exact
-    ratio = ratio.where(~(bound.isinf() & ~actual.isnan()), 0.0)
+    ratio = ratio.where(~(bound.isinf() & ~actual.isnan()), NOT_COMPARED)
     ratio = ratio.where(~(error.isnan() | ratio.isnan()), torch.inf)
     if mask is not None:
-        ratio = ratio.where(mask.expand(ratio.shape), 0.0)
+        ratio = ratio.where(mask.expand(ratio.shape), NOT_COMPARED)
     if ratio.numel() == 0:
         return
+    note(ratio)
     worst = ratio.max().item()
-    note(worst)
     if worst > 1:
         flat = int(ratio.argmax())
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
@@ -80,6 +83,7 @@ def check_values(
             bound=bound[index].item(),
             ratio=worst,
             count=int((ratio > 1).sum()),
+            pictures=[lambda: error_map(ratio, AXES[kind], span)],
         )
 
 
@@ -125,10 +129,11 @@ def check_form(selected: Tensor, span: Span, config: SparseConfig) -> None:
                 expected=f"{int(count[index[1]])} blocks up to {int(own[index[1]])}, with {must}",
                 actual=str(row),
                 count=int(bad.sum()),
+                pictures=[partial(selection_map, ids.clone(), bad, span, config)],
             )
 
 
-def check_selection(selected: Tensor, expected: Tensor, span: Span) -> None:
+def check_selection(selected: Tensor, expected: Tensor, span: Span, config: SparseConfig) -> None:
     """Fail unless both selections `[HK, T, K]` are the same."""
     actual = selected.cpu()
     bad = (actual != expected.cpu()).any(-1)
@@ -142,12 +147,13 @@ def check_selection(selected: Tensor, expected: Tensor, span: Span) -> None:
             expected=str(ours),
             actual=str(theirs),
             count=int(bad.sum()),
+            pictures=[partial(selection_map, actual.clone(), bad, span, config, expected)],
         )
 
 
 def check_certificate(
     selected: Tensor, scores: Bounded, span: Span, config: SparseConfig, ties: bool = False
-) -> float:
+) -> Tensor:
     """Fail if a competing block was passed over for one that provably scores less.
 
     With oracle scores `s` and bounds `e`, every selected competing block `i` and every competing
@@ -155,14 +161,12 @@ def check_certificate(
     with equal scores those with smaller indices must be taken first.
 
     Returns:
-        The worst `(s_j - s_i) / (e_i + e_j)`, at most 1.
+        The worst `(s_j - s_i) / (e_i + e_j)` of every row, `[HK, T]`, at most 1.
     """
-    chosen = members(selected.cpu(), scores.value.shape[-1])  # [HK, T, N]
-    competing = competing_blocks(span, config)
-    value, bound = scores.value, scores.bound
-    taken, left = chosen & competing, ~chosen & competing
+    ids, value, bound = selected.cpu(), scores.value, scores.bound
+    taken, left = _taken_and_left(ids, span, config)
     if not taken.any() or not left.any():
-        return 0.0
+        return torch.zeros(0, dtype=torch.float64)
     high, low = value + bound, value - bound
     low = low.where(bound < torch.inf, -torch.inf)
     weakest, at_i = high.where(taken, torch.inf).min(-1)
@@ -179,29 +183,58 @@ def check_certificate(
             bound=float(bound[h, t, i] + bound[h, t, j]),
             ratio=float((value[h, t, j] - value[h, t, i]) / (bound[h, t, i] + bound[h, t, j])),
             count=int(bad.sum()),
+            pictures=[_drawn(ids, value, bad, span, config)],
         )
     if ties:
-        _check_ties(value, taken, left, span)
+        _check_ties(ids, value, span, config)
     gap = value.gather(-1, at_j[..., None]) - value.gather(-1, at_i[..., None])
     room = bound.gather(-1, at_i[..., None]) + bound.gather(-1, at_j[..., None])
     ratio = (gap / room).squeeze(-1)
     usable = (weakest < torch.inf) & (strongest > -torch.inf) & ratio.isfinite()
-    return float(ratio.where(usable, 0.0).max().clamp(min=0.0))
+    return ratio.clamp(min=0.0).where(usable, NOT_COMPARED)
 
 
-def _check_ties(value: Tensor, taken: Tensor, left: Tensor, span: Span) -> None:
+def _check_ties(ids: Tensor, value: Tensor, span: Span, config: SparseConfig) -> None:
     """Fail if a block was passed over for a later one of the same score, up to float64 noise."""
+    taken, left = _taken_and_left(ids, span, config)
+    wrong: dict[tuple[int, int], tuple[int, int]] = {}
     for h, t in (left.any(-1) & taken.any(-1)).nonzero().tolist():
         row = value[h, t]
         weakest = row[taken[h, t]].min()
         tied = (row - weakest).abs() <= 1e-12 * weakest.abs()
         tied |= row == weakest
-        last = (tied & taken[h, t]).nonzero().max()
-        passed = [b for b in (tied & left[h, t]).nonzero().flatten().tolist() if b < last]
-        if passed:
-            fail(
-                f"block {passed[0]} was passed over for block {int(last)}, which scores the same",
-                where=locate((h, t), ("kv head", "query"), span),
-                expected=f"of equal scores ({row[passed[0]]:.9g}) the smaller index first",
-                actual=f"selected {taken[h, t].nonzero().flatten().tolist()}",
-            )
+        last = int((tied & taken[h, t]).nonzero().max())
+        first = next(
+            (b for b in (tied & left[h, t]).nonzero().flatten().tolist() if b < last), None
+        )
+        if first is not None:
+            wrong[h, t] = first, last
+    if wrong:
+        (h, t), (first, last) = next(iter(wrong.items()))
+        bad = torch.zeros(ids.shape[:2], dtype=torch.bool)
+        bad[tuple(zip(*wrong, strict=True))] = True
+        fail(
+            f"block {first} was passed over for block {last}, which scores the same",
+            where=locate((h, t), ("kv head", "query"), span),
+            expected=f"of equal scores ({value[h, t, first]:.9g}) the smaller index first",
+            actual=f"selected {taken[h, t].nonzero().flatten().tolist()}",
+            count=len(wrong),
+            pictures=[_drawn(ids, value, bad, span, config)],
+        )
+
+
+def _taken_and_left(ids: Tensor, span: Span, config: SparseConfig) -> tuple[Tensor, Tensor]:
+    """Say which competing blocks are selected, and which are not, `[HK, T, N]` each."""
+    chosen = members(ids, num_blocks(span.num_keys, config.block_size))
+    competing = competing_blocks(span, config)
+    return chosen & competing, ~chosen & competing
+
+
+def _drawn(
+    ids: Tensor, value: Tensor, bad: Tensor, span: Span, config: SparseConfig
+) -> Callable[[], Picture]:
+    """Return what draws a selection beside the one that follows from the oracle's scores."""
+    ids = ids.clone()  # an implementation may use its result's memory again
+    return lambda: selection_map(
+        ids, bad, span, config, select_blocks(value, span.num_keys, config)
+    )

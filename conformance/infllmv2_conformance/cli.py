@@ -16,7 +16,7 @@ from .errors import UsageError
 from .mutants.command import mutants
 from .names import FUNCTIONS, STAGES, check_names
 from .profiles import PROFILES
-from .report import Run, check_folder, write_reports
+from .report import Run, check_folder, to_run, write_page, write_reports
 from .rules import RULES, Rule
 from .supervisor import Supervisor
 from .terminal import Monitor, make_console, show_failure, show_run
@@ -73,7 +73,7 @@ def check(
     ] = None,
     rule_timeout: RuleTimeout = 300.0,
     workers: Annotated[int, typer.Option("-n", min=0, help="Processes to share the work.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.json, junit.xml.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for the reports.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at a failure.")] = False,
 ) -> None:
     """Check an implementation against every rule that it claims to follow."""
@@ -95,11 +95,13 @@ def check(
         fail_fast=fail_fast,
     )
     console = make_console()
-    with Monitor(console) as monitor:
-        run = Supervisor(order, Watch(monitor, report)).execute()
-    if report:
-        write_reports(run, report)
-    show_run(console, run)
+    with Monitor(console) as monitor, Watch(monitor, report) as watch:
+        run = Supervisor(order, watch).execute()
+    try:
+        if report:
+            write_reports(run, report)
+    finally:
+        show_run(console, run)  # also if the disk is full
     if report:
         console.print(f"Reports are in {report}.", soft_wrap=True)
     raise typer.Exit(run.exit_code)
@@ -129,6 +131,23 @@ def repro(
     run = Supervisor(order, Watch()).execute()
     _show_repro(run, rule)
     raise typer.Exit(run.exit_code)
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds it.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write the page here, instead of showing it.")
+    ] = None,
+) -> None:
+    """Show a stored report again, here or as a page."""
+    from .report.read import read_report
+
+    data = read_report(file / "report.json" if file.is_dir() else file)
+    if html:
+        write_page(data, html)
+    else:
+        show_run(make_console(), to_run(data))
 
 
 @app.command()

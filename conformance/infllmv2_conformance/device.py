@@ -48,7 +48,7 @@ def choose_device(capabilities: Capabilities, wanted: str | None) -> torch.devic
 
 
 def use_share(worker: int) -> None:
-    """Give the workers of a parallel run one GPU each, as far as there are several."""
+    """Give the workers of a parallel run, counted from 0, a GPU each, as far as there are any."""
     if _has_cuda():
         torch.cuda.set_device(worker % torch.cuda.device_count())
 

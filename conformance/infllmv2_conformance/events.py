@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+LOG_STATUS = 71
+"""Exit status of a process that cannot write its events, mostly because the disk is full."""
+
 Event = dict[str, Any]
 
 
@@ -26,7 +29,13 @@ class EventLog:
     def write(self, event: str, **facts: Any) -> None:
         """Append one event; the process that writes it is noted."""
         line = json.dumps(plain({"event": event, "pid": os.getpid(), **facts}), allow_nan=False)
-        os.write(self._file, f"{line}\n".encode())
+        data = f"{line}\n".encode()
+        try:
+            whole = os.write(self._file, data) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            os._exit(LOG_STATUS)  # nobody could be told what became of the rule
 
 
 class EventTail:
@@ -45,7 +54,11 @@ class EventTail:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue  # torn by a full disk: the process that wrote it has ended itself
+                yield event
 
 
 def plain(value: Any) -> Any:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+Picture = dict[str, Any]
+"""The data of a picture; `docs/report-format.md` describes it."""
 
 
 @dataclass
@@ -19,6 +23,8 @@ class Finding:
         bound: the largest difference allowed at this place, if the rule compares numbers.
         ratio: the difference over the bound.
         count: how many places violate the rule, this one being the worst.
+        pictures: what to look at, as functions that return the data of `pictures.py`: most
+            failures are only steps on the way to a smaller one, and are never drawn.
     """
 
     what: str
@@ -28,6 +34,7 @@ class Finding:
     bound: float | None = None
     ratio: float | None = None
     count: int = 1
+    pictures: list[Callable[[], Picture]] = field(default_factory=list[Callable[[], Picture]])
 
 
 class ConformanceFailure(AssertionError):  # noqa: N818
@@ -62,7 +69,8 @@ class ConformanceFailure(AssertionError):  # noqa: N818
             "case": self.case,
             "reproduce": self.reproduce(),
             **vars(self.finding),
-            "looks_like": self.looks_like,
+            "looks_like": [{"id": i, "sentence": s} for i, s in self.looks_like.items()],
+            "pictures": [draw() for draw in self.finding.pictures],
         }
 
     def __str__(self) -> str:

@@ -23,9 +23,10 @@ from .checks import (
 )
 from .masks import competing_blocks, members, visible_blocks
 from .oracle import Oracle
+from .pictures import attended_map, showing
 from .results import Piece
 
-Note = Callable[[float], None]
+Note = Callable[[Tensor], None]
 
 
 def judge(
@@ -39,7 +40,7 @@ def judge(
         span: the sequence.
         oracle: what it must be.
         arguments: what the function was called with.
-        note: takes the worst difference over its bound.
+        note: takes the differences over their bounds.
     """
     _JUDGES[function](piece, span, oracle, arguments, note)
 
@@ -86,7 +87,8 @@ def _selected(
     scores = arguments["block_scores"][:, span.queries, :blocks].cpu()
     selected = _t(piece[0])
     check_form(selected, span, oracle.config)
-    check_selection(selected, select_blocks(scores, span.num_keys, oracle.config), span)
+    expected = select_blocks(scores, span.num_keys, oracle.config)
+    check_selection(selected, expected, span, oracle.config)
 
 
 def _block_scores(
@@ -154,11 +156,12 @@ def judge_output(
     if span.num_queries == 0:
         return
     expected_out, expected_lse = oracle.attend(span, selected)
-    mask = None if rows is None else rows[:, None]
-    if lse is not None:
-        check_values("the LSE is wrong", lse, expected_lse, span, "lse", note, mask)
-    mask = None if rows is None else rows[:, None, None]
-    check_values("the output is wrong", _t(out), expected_out, span, "out", note, mask)
+    with showing(lambda: attended_map(selected, span, oracle.config)):
+        mask = None if rows is None else rows[:, None]
+        if lse is not None:
+            check_values("the LSE is wrong", lse, expected_lse, span, "lse", note, mask)
+        mask = None if rows is None else rows[:, None, None]
+        check_values("the output is wrong", _t(out), expected_out, span, "out", note, mask)
 
 
 def judge_unseen_selection(

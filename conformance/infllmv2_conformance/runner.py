@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,15 +17,19 @@ from hypothesis.configuration import storage_directory
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
+from torch import Tensor
 
 from .candidate import Candidate
 from .cases import Case
 from .failure import ConformanceFailure, Finding
+from .margins import Margins
 from .profiles import Profile
 from .symptoms import Symptom
 from .trial import Trial
 
-SHRINK_SECONDS = 6.0
+SHRINK_CASES, SHRINK_SECONDS = 80, 20.0
+"""How long a failing case is made smaller: so many cases, the same on every machine and with any
+number of processes, unless the implementation is so slow that the time ends first."""
 BATCH = 9
 """Cases of one Hypothesis run: from the tenth on it repeats parts of earlier ones, which here only
 gives five near-duplicates for each new case."""
@@ -43,14 +48,18 @@ class Tally:
     Args:
         cases: cases that ran to their end or failed.
         worst_ratio: the largest difference over its bound, None if the rule compares no numbers.
+        margins: how many places use how much of their bound.
     """
 
     cases: int = 0
     worst_ratio: float | None = None
+    margins: Margins = field(default_factory=Margins)
 
-    def ratio(self, value: float) -> None:
-        """Note one comparison's worst difference over bound."""
-        self.worst_ratio = value if self.worst_ratio is None else max(self.worst_ratio, value)
+    def ratios(self, ratios: Tensor) -> None:
+        """Note one comparison's differences over their bounds."""
+        self.margins.add(ratios)
+        worst = max(ratios.max().item(), 0.0) if ratios.numel() else 0.0
+        self.worst_ratio = worst if self.worst_ratio is None else max(self.worst_ratio, worst)
 
 
 @dataclass
@@ -96,19 +105,23 @@ class Runner:
         if self.only is not None:
             self.run_case(self.only, check)
             return
-        failed: dict[Case, float] = {}
+        failed: dict[Case, None] = {}
+        end = math.inf, math.inf  # of shrinking: cases, and time
         passed: set[Case] = set()
 
         def body(case: Case) -> None:
+            nonlocal end
             if case in passed:
                 return
-            late = failed and time.monotonic() > next(iter(failed.values())) + SHRINK_SECONDS
+            late = self.tally.cases >= end[0] or time.monotonic() > end[1]
             if late and case not in failed:
-                return  # the time to shrink is over: keep the smallest failure known
+                return  # keep the smallest failure known
             try:
                 self.run_case(case, check)
             except ConformanceFailure:
-                failed.setdefault(case, time.monotonic())
+                if not failed:
+                    end = self.tally.cases + SHRINK_CASES, time.monotonic() + SHRINK_SECONDS
+                failed[case] = None
                 raise
             passed.add(case)
 
@@ -133,7 +146,7 @@ class Runner:
     def run_case(self, case: Case, check: Callable[[Trial], object]) -> None:
         """Apply `check` to one case; a subclass may watch, and must call this."""
         self.tally.cases += 1
-        trial = Trial(case, self.candidate, self.device, self.tally.ratio, self.function)
+        trial = Trial(case, self.candidate, self.device, self.tally.ratios, self.function)
         try:
             check(trial)
         except ConformanceFailure as failure:

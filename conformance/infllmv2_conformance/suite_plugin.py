@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from .events import EventLog, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .loading import load
-from .names import STAGES, check_names
+from .names import FUNCTIONS, STAGES, check_names
 from .plugin import SUITE, option
 from .profiles import PROFILES
 from .rules import RULES, Rule
@@ -102,6 +103,7 @@ class SuitePlugin:
         self.worker: str | None = worker["workerid"] if worker else None
         self.parent = os.getppid()
         self.comparison = Comparison()
+        self.shares: dict[str, int] = {}
         self.controls = bool(getattr(config.option, "numprocesses", None)) and not worker
         if not self.controls:
             self._prepare()
@@ -121,7 +123,7 @@ class SuitePlugin:
         except UsageError as error:
             self._refuse(str(error))
         if self.worker:
-            devices.use_share(int(self.worker.removeprefix("gw")))
+            devices.use_share(self.config.workerinput["infllmv2_share"])  # type: ignore[attr-defined]
         if self.log and hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
 
@@ -194,6 +196,7 @@ class SuitePlugin:
         self._tell(
             "session",
             implementation=self.candidate.name,
+            functions=[name for name in FUNCTIONS if self.candidate.offers(name)],
             capabilities=self.candidate.capabilities.to_mapping(),
             device=str(self.device),
             profile=option(self.config, "profile"),
@@ -270,6 +273,7 @@ class SuitePlugin:
         return {
             "cases": tally.cases if tally else 0,
             "worst_ratio": tally.worst_ratio if tally else None,
+            "margins": tally.margins.to_json() if tally else None,
             **vars(course.verdict),
         }
 
@@ -303,8 +307,15 @@ class SuitePlugin:
         return report
 
     @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Give a worker of pytest-xdist the smallest number that is free, to choose its GPU by."""
+        free = next(n for n in count() if n not in self.shares.values())
+        self.shares[node.gateway.id] = node.workerinput["infllmv2_share"] = free
+
+    @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """Tell which worker of pytest-xdist died, and how."""
+        """Tell which worker of pytest-xdist died, and how; the one in its place gets its number."""
+        self.shares.pop(node.gateway.id, None)
         process = getattr(getattr(node.gateway, "_io", None), "popen", None)
         if error and self.log:
             status = process.wait(5) if process else None

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from .child import Child, Order, how_it_ended, last_words
 from .errors import UsageError
-from .events import Event, EventTail
+from .events import LOG_STATUS, Event, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .report.model import Result, Run
@@ -56,6 +56,9 @@ class Listener(Protocol):
     def finished(self, run: Run, result: Result) -> None:
         """Take note of what became of a rule."""
 
+    def waiting(self, run: Run) -> None:
+        """Take note that the run goes on; called many times a second."""
+
 
 @dataclass
 class _Running:
@@ -77,15 +80,16 @@ class Supervisor:
         listener: is told what happens.
 
     Raises:
-        KnownFailuresError: the file of known failures is wrong.
+        UsageError: the file of known failures is wrong, or there is no room for temporary files.
     """
 
     def __init__(self, order: Order, listener: Listener) -> None:
         self.order, self.listener = order, listener
         path = order.known_failures
         self._known = read_known_failures(path) if path else {}
-        self.run = Run(order.impl, order.profile, order.seed)
-        self._folder = Path(tempfile.mkdtemp(prefix="infllmv2-"))
+        only = {"stages": list(order.stage), "rules": list(order.rule)}
+        self.run = Run(order.impl, order.profile, order.seed, only=only)
+        self._folder = _make_folder()
         self._tail = EventTail(self._folder / "events")
         self._running: dict[int, _Running] = {}
         self._begin = time.monotonic()
@@ -108,6 +112,13 @@ class Supervisor:
             self.run.stopped, self.run.signal = str(stop), stop.number
         except KeyboardInterrupt:
             self.run.stopped, self.run.signal = "Ctrl-C", signal.SIGINT
+        except UsageError as error:
+            if not self.run.plan:
+                raise
+            self.run.stopped = str(error)
+        except Exception:
+            self.run.stopped = "an error of infllmv2 itself, please report it"
+            raise
         finally:
             if self._child:
                 self._child.kill()
@@ -142,10 +153,23 @@ class Supervisor:
                     break
             self._end_hanging(child)
             self._end_silent(child)
-            self.run.seconds = time.monotonic() - self._begin
+            self._tell_waiting()
             time.sleep(POLL_SECONDS if running else 0)
+        if not child.running() and child.status() == LOG_STATUS:
+            self._stop_for_room()
         for pid in list(self._running):
             self._lose(pid, child, how_it_ended(child.status() if not child.running() else None))
+        self._tell_waiting()
+
+    def _stop_for_room(self) -> None:
+        """End a run whose processes cannot tell what they find; no rule is to blame."""
+        self._running.clear()
+        self.run.stopped = f"the suite cannot write to {self._folder.parent} (is the disk full?)"
+
+    def _tell_waiting(self) -> None:
+        self.run.seconds = time.monotonic() - self._begin
+        self.run.running = [running.result.name for running in self._running.values()]
+        self.listener.waiting(self.run)
 
     def _take(self, event: Event, child: Child) -> None:
         self._last_event = time.monotonic()
@@ -166,6 +190,8 @@ class Supervisor:
             case {"event": "result", "pid": pid} if pid in self._running:
                 del self._running[pid]
                 self._finish(_result(event))
+            case {"event": "worker-down", "status": status} if status == LOG_STATUS:
+                self._stop_for_room()
             case {"event": "worker-down", "worker": worker, "status": status}:
                 for pid in [p for p, r in self._running.items() if r.worker == worker]:
                     self._lose(pid, child, how_it_ended(status))
@@ -233,6 +259,13 @@ class Supervisor:
             self.run.stopped = f"the suite did not start\n{words}"
 
 
+def _make_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="infllmv2-"))
+    except OSError as error:
+        raise UsageError(f"cannot make a folder for the run: {error}") from None
+
+
 def _result(event: dict[str, Any]) -> Result:
     ratio = event["worst_ratio"]
     return Result(
@@ -244,6 +277,7 @@ def _result(event: dict[str, Any]) -> Result:
         event["seconds"],
         event["text"],
         event["failure"],
+        event["margins"],
     )
 
 

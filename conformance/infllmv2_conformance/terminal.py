@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .report.model import Result, Run, worst
 from .rules import RULES
+from .visible import visible
 
 STYLES = {
     "passed": "green",
@@ -103,7 +104,7 @@ class Monitor:
             words = Text.assemble((f"{result.outcome:<12}", style), " ", result.name)
             words.append("" if self.live else f"  {_summary(result)}")
             if first:
-                words.append(f"\n    {first.removeprefix(f'{result.rule}: ')}")
+                words.append(f"\n    {visible(first).removeprefix(f'{result.rule}: ')}")
             self._say(words)
 
     def _say(self, words: str | Text) -> None:
@@ -122,9 +123,10 @@ def show_run(console: Console, run: Run) -> None:
 
 def show_failure(console: Console, result: Result) -> None:
     """Show one failure in full, unwrapped, so that its command can be copied."""
-    rule = RULES[result.rule]
-    console.print(f"{rule.sentence}  [dim]{rule.link}[/]", soft_wrap=True)
-    console.print(result.text, markup=False, soft_wrap=True)
+    rule = RULES.get(result.rule)  # a stored report may have rules of another version
+    if rule:
+        console.print(f"{rule.sentence}  [dim]{rule.link}[/]", soft_wrap=True)
+    console.print(visible(result.text), markup=False, soft_wrap=True)
 
 
 def _table(run: Run) -> Table:
@@ -187,7 +189,7 @@ def _show_unclaimed(console: Console, run: Run) -> None:
 def _show_texts(console: Console, run: Run) -> None:
     """Show the first failures of the first broken stage in full, and a line for each other one."""
     bad = [r for r in run.all_results() if r.outcome in ("failed", "error")]
-    first_stage = [r for r in bad if RULES[r.rule].stage == RULES[bad[0].rule].stage]
+    first_stage = [r for r in bad if r.stage == bad[0].stage]
     for result in first_stage[:SHOWN_IN_FULL]:
         console.print(Line(f"[{STYLES[result.outcome]}]{result.outcome}[/]", align="left"))
         show_failure(console, result)
@@ -197,7 +199,7 @@ def _show_texts(console: Console, run: Run) -> None:
         console.print("Also broken, perhaps for the same reason (--report has each in full):")
         for result in others:
             what = result.text.split("\n")[0].removeprefix(f"{result.rule}: ")
-            console.print(f"  {result.name}: {what}", markup=False, soft_wrap=True)
+            console.print(f"  {result.name}: {visible(what)}", markup=False, soft_wrap=True)
         console.print()
     known = [r for r in run.all_results() if r.outcome == "known failure"]
     for result in known:
@@ -207,7 +209,7 @@ def _show_texts(console: Console, run: Run) -> None:
 
 def _show_verdict(console: Console, run: Run) -> None:
     if run.stopped:
-        first, _, rest = run.stopped.partition("\n")
+        first, _, rest = visible(run.stopped).partition("\n")
         console.print(f"[yellow]Stopped:[/] {first}. The result is partial.", soft_wrap=True)
         if rest:
             console.print(Padding(Text(rest), (0, 0, 0, 4)))

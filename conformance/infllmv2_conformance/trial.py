@@ -27,7 +27,7 @@ class Trial:
         case: the case.
         candidate: the implementation.
         device: where the tensors live.
-        note: takes the worst difference over its bound of each comparison.
+        note: takes the differences over their bounds of each comparison.
         function: the function under test, for rules that apply to each one.
     """
 
@@ -36,7 +36,7 @@ class Trial:
         case: Case,
         candidate: Candidate,
         device: torch.device,
-        note: Callable[[float], None],
+        note: Callable[[Tensor], None],
         function: str = "",
     ) -> None:
         self.case, self.candidate, self.device = case, candidate, device
@@ -136,5 +136,5 @@ class Trial:
         return trial
 
 
-def _ignore(_: float) -> None:
-    """Take a ratio that nobody wants to know."""
+def _ignore(_: Tensor) -> None:
+    """Take ratios that nobody wants to know."""

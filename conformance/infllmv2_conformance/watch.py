@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .report import Result, Run, write_reports
 from .terminal import Monitor
 
-SAVE_SECONDS = 2.0
+SAVE_SECONDS = 2.0, 5.0
+"""How old the report on disk may get: the longer, the longer it takes to write it."""
+SAVE_SHARE = 0.02
+"""The part of the time that may go into writing, within these limits."""
 
 
 class Watch:
@@ -21,12 +25,23 @@ class Watch:
 
     def __init__(self, monitor: Monitor | None = None, folder: Path | None = None) -> None:
         self._monitor, self._folder = monitor, folder
-        self._saved = 0.0
+        self._next = 0.0
+        self._run: Run | None = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write the report of what was planned, also where the run ends with an exception."""
+        self._next = 0.0
+        if self._run:
+            self._save(self._run)
 
     def planned(self, run: Run) -> None:
         """Show the plan, and write a first report."""
         if self._monitor:
             self._monitor.planned(run)
+        self._run = run
         self._save(run)
 
     def started(self, result: Result) -> None:
@@ -38,9 +53,17 @@ class Watch:
         """Show what became of a rule."""
         if self._monitor:
             self._monitor.finished(run, result)
+
+    def waiting(self, run: Run) -> None:
+        """Write the report, if it is time to."""
         self._save(run)
 
     def _save(self, run: Run) -> None:
-        if self._folder and time.monotonic() > self._saved + SAVE_SECONDS:
-            write_reports(run, self._folder)
-            self._saved = time.monotonic()
+        """Write the report; whatever goes wrong there, the run goes on, and its end tells."""
+        begin = time.monotonic()
+        if self._folder and begin >= self._next:
+            with suppress(Exception):
+                write_reports(run, self._folder)
+            spent = time.monotonic() - begin
+            shortest, longest = SAVE_SECONDS
+            self._next = begin + min(max(shortest, spent / SAVE_SHARE), longest)

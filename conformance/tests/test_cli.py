@@ -76,7 +76,8 @@ def test_green_check_writes_reports(tmp_path, infllmv2):
         re.MULTILINE,
     )
     folder = tmp_path / "some" / "folder"
-    assert sorted(path.name for path in folder.iterdir()) == ["junit.xml", "report.json"]
+    names = ["badge.json", "junit.xml", "report.html", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     report = json.loads((folder / "report.json").read_text())
     assert report["format"] == "infllmv2-report"
     assert report["verdict"]["green"] is report["verdict"]["complete"] is True

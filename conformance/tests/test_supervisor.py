@@ -57,7 +57,11 @@ def test_hang_costs_one_rule(tmp_path, write_fake, infllmv2):
 
 @pytest.mark.parametrize(
     ("number", "status", "name"),
-    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")],
+    [
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGHUP, 129, "SIGHUP"),
+    ],
 )
 def test_interrupted_run_keeps_what_it_has(tmp_path, write_fake, environment, number, status, name):
     code = "open('calls', 'a').write(f'{os.getpid()}\\n')"
@@ -85,6 +89,10 @@ def test_interrupted_run_keeps_what_it_has(tmp_path, write_fake, environment, nu
     verdict = json.loads((tmp_path / "out" / "report.json").read_text())["verdict"]
     assert verdict["complete"] is False
     assert verdict["stopped"] == name
+    assert f"The run was stopped: {name}." in (tmp_path / "out" / "report.html").read_text()
+    junit = (tmp_path / "out" / "junit.xml").read_text()
+    assert f'message="the run ended before: {name}"' in junit
+    assert len(list((tmp_path / "out").iterdir())) == 4, "nothing half-written is left"
     with pytest.raises(ProcessLookupError):
         os.kill(int(calls.read_text().split()[-1]), 0)
 
@@ -114,6 +122,11 @@ def test_events_are_read_line_by_line(tmp_path: Path):
         file.write(' a line"}\n')
     assert [event["event"] for event in tail.read()] == ["half a line"]
     assert not list(tail.read())
+    with (tmp_path / "events").open("a") as file:
+        file.write('{"event": "torn')
+    log.write("start", rule="b")
+    log.write("start", rule="c")
+    assert [event["rule"] for event in tail.read()] == ["c"], "the others are one line now"
 
 
 def test_events_hold_no_numbers_that_json_lacks():

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from infllmv2_conformance.errors import UsageError
 
-from . import json, junit
+from . import badge, html, json, junit
+from .data import Data
 from .model import Run
 
 FORMATS = {
     "report.json": (json.to_json, json.is_ours),
     "junit.xml": (junit.to_junit, junit.is_ours),
+    "report.html": (html.to_html, html.is_ours),
+    "badge.json": (badge.to_badge, badge.is_ours),
 }
 
 
@@ -33,7 +36,7 @@ def check_folder(folder: Path) -> None:
             pass
         for name, (_, is_ours) in FORMATS.items():
             path = folder / name
-            if path.exists() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+            if path.exists() and not is_ours(_text(path)):
                 raise ReportError(f"{path} is not a report of infllmv2: not overwriting it")
     except FileExistsError:
         raise ReportError(f"{folder} is not a folder") from None
@@ -44,10 +47,45 @@ def check_folder(folder: Path) -> None:
 
 
 def write_reports(run: Run, folder: Path) -> None:
-    """Write every format; each file is replaced at once, so that it is never half a report."""
+    """Write every format.
+
+    Raises:
+        ReportError: one cannot be written; the one that was there before is still whole.
+    """
     for name, (render, _) in FORMATS.items():
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+        write_whole(folder / name, render(run))
+
+
+def write_page(data: Data, path: Path) -> None:
+    """Write the page of a report that was read.
+
+    Raises:
+        ReportError: it cannot be written, or would replace a file that is no such page.
+    """
+    if path.exists() and not (path.is_file() and html.is_ours(_text(path))):
+        raise ReportError(f"{path} is not a page of infllmv2: not overwriting it")
+    write_whole(path, html.render(data))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once, so that it is never half of one.
+
+    Raises:
+        ReportError: it cannot be written; what was there before is still whole.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(run))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(folder / name)
+            file.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise ReportError(f"cannot write {path}: {error.strerror}") from None

@@ -1,42 +1,19 @@
-"""The JSON report; `docs/report-format.md` describes it."""
+"""The JSON report."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
-from infllmv2_conformance.events import plain
-from infllmv2_conformance.rules import RULES
+from .data import FORMAT, to_data
+from .model import Run
 
-from .model import Result, Run
-
-FORMAT = "infllmv2-report"
-FORMAT_VERSION = 1
-SESSION = ("spec_version", "package_version", "device", "capabilities", "environment")
+LINE = 100
 
 
 def to_json(run: Run) -> str:
-    """Return the report of a run as JSON text, without NaN or Infinity."""
-    data = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "implementation": run.implementation,
-        "profile": run.profile,
-        "seed": run.seed,
-        **{name: run.session.get(name) for name in SESSION},
-        "started": run.session.get("started"),
-        "seconds": run.seconds,
-        "verdict": {
-            "green": run.green,
-            "complete": run.complete,
-            "stopped": run.stopped or None,
-            "cases": run.cases,
-            "rules": run.counts(),
-            "text": run.verdict(),
-        },
-        "results": [_result(result) for result in run.all_results()],
-    }
-    return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
+    """Return the report of a run as JSON text, small parts and rows of numbers on one line."""
+    return _lay_out(to_data(run), " ") + "\n"
 
 
 def is_ours(text: str) -> bool:
@@ -48,18 +25,17 @@ def is_ours(text: str) -> bool:
         return False
 
 
-def _result(result: Result) -> dict[str, Any]:
-    rule = RULES[result.rule]
-    return {
-        "rule": result.rule,
-        "function": result.function or None,
-        "stage": result.stage,
-        "sentence": rule.sentence,
-        "link": rule.link,
-        "outcome": result.outcome,
-        "cases": result.cases,
-        "worst_ratio": result.worst_ratio,
-        "seconds": round(result.seconds, 4),
-        "text": result.text or None,
-        "failure": result.failure,
-    }
+def _lay_out(value: Any, indent: str) -> str:
+    line = json.dumps(value, allow_nan=False)
+    if not isinstance(value, (dict, list)) or len(indent) + len(line) <= LINE:
+        return line
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        parts = [f"{json.dumps(key)}: {_lay_out(item, indent + ' ')}" for key, item in items]
+    else:
+        many = cast("list[Any]", value)
+        if not any(isinstance(item, (dict, list)) for item in many):
+            return line
+        parts = [_lay_out(item, indent + " ") for item in many]
+    begin, end = line[0], line[-1]
+    return f"{begin}\n{indent}" + f",\n{indent}".join(parts) + f"\n{indent[1:]}{end}"

@@ -6,8 +6,6 @@ import re
 from itertools import groupby
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from infllmv2_conformance.rules import RULES
-
 from .model import Result, Run
 
 FAILED = {"failed": "failure", "error": "error", "not run": "error"}
@@ -36,15 +34,16 @@ def _add_stage(root: Element, run: Run, stage: str, results: list[Result]) -> No
     suite.set("time", f"{sum(result.seconds for result in results):.3f}")
     _count(suite, results)
     for result in results:
-        _add_result(suite, stage, result)
+        _add_result(suite, result, run.stopped)
 
 
-def _add_result(suite: Element, stage: str, result: Result) -> None:
-    test = SubElement(suite, "testcase", {"classname": stage, "name": result.name})
+def _add_result(suite: Element, result: Result, stopped: str) -> None:
+    test = SubElement(suite, "testcase", {"classname": result.stage, "name": result.name})
     test.set("time", f"{result.seconds:.3f}")
-    text = _clean(result.text)
+    not_run = f"the run ended before: {stopped or 'it was killed, or still goes on'}"
+    text = _clean(result.text or not_run)
     if result.outcome in FAILED:
-        message = text.split("\n")[0] or RULES[result.rule].sentence
+        message = text.split("\n")[0]
         fault = SubElement(test, FAILED[result.outcome], {"message": message})
         fault.set("type", result.outcome)
         fault.text = text

@@ -25,6 +25,7 @@ class Result:
         seconds: how long it took.
         text: why, as a person reads it.
         failure: the same as data.
+        margins: how many places use how much of their bound, as `margins.py` counts them.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Result:
     seconds: float = 0.0
     text: str = ""
     failure: dict[str, Any] | None = None
+    margins: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +46,11 @@ class Result:
     @property
     def stage(self) -> str:
         """Return the stage of the rule."""
-        return RULES[self.rule].stage
+        return self.rule.split(".")[0]
+
+
+def _everything() -> dict[str, list[str]]:
+    return {"stages": [], "rules": []}
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Run:
         results: what has become of it so far.
         seconds: how long the run took.
         stopped: why the run ended early, "" if it did not.
+        running: names of what is at work now.
+        only: the "stages" and "rules" that were asked for, none of them if all were.
         signal: the number of the signal that ended it, 0 if none did.
     """
 
@@ -72,6 +80,8 @@ class Run:
     seconds: float = 0.0
     stopped: str = ""
     signal: int = 0
+    running: list[str] = field(default_factory=list[str])
+    only: dict[str, list[str]] = field(default_factory=_everything)
 
     @property
     def complete(self) -> bool:
@@ -95,9 +105,9 @@ class Run:
 
     def all_results(self) -> list[Result]:
         """Return a result for all that was planned, in the order of the rules."""
-        order = list(RULES)
+        order = {rule: place for place, rule in enumerate(RULES)}
         known = [self.results.get(key, Result(*key)) for key in self.plan]
-        return sorted(known, key=lambda result: order.index(result.rule))
+        return sorted(known, key=lambda result: order.get(result.rule, len(order)))
 
     def by_rule(self) -> dict[str, list[Result]]:
         """Return the results of each rule."""
@@ -139,4 +149,9 @@ class Run:
 
 def worst(results: Iterable[Result]) -> str:
     """Return the outcome that speaks for several results."""
-    return min((result.outcome for result in results), key=WORST_FIRST.index)
+    return worst_outcome(result.outcome for result in results)
+
+
+def worst_outcome(outcomes: Iterable[str]) -> str:
+    """Return the outcome that speaks for several."""
+    return min(outcomes, key=WORST_FIRST.index)
