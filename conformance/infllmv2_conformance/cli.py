@@ -11,6 +11,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
+from .bench import command as bench_command
 from .child import Order
 from .errors import UsageError
 from .names import FUNCTIONS, STAGES, check_names
@@ -156,6 +157,9 @@ def capabilities(impl: Impl) -> None:
     for name, value in facts.items():
         words = Text.assemble((f"{name:<{width}}  ", "bold"), _words(value))
         console.print(words, soft_wrap=True)
+
+
+bench_command.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,195 @@
+"""The commands `infllmv2 bench`, `bench-compare` and `bench-plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infllmv2_conformance.errors import UsageError
+from infllmv2_conformance.names import FUNCTIONS, check_names
+from infllmv2_conformance.terminal import make_console
+
+from .gate import FAIL_ABOVE
+from .workloads import INPUTS, SHAPES, TASKS, parse_lengths
+
+L2 = {"cold": ("cold",), "hot": ("hot",), "both": ("cold", "hot")}
+NONE = "none"
+DEFAULTS = {
+    "cuda": {"lengths": "8k,16k,32k,64k,128k,256k,512k,1M", "dtype": "bfloat16"},
+    "cpu": {"lengths": "512,1k,2k", "dtype": "float32"},
+}
+DEFAULT_SHAPES = {"cuda": ("minicpm4", "mha16", "gqa8"), "cpu": ("tiny",)}
+
+Impls = Annotated[list[str], typer.Argument(help="What to time, as `check` takes it; several.")]
+FailAbove = Annotated[
+    float, typer.Option(min=0.0, help="A slow-down by more than this share fails.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `infllmv2`."""
+    app.command("bench")(bench)
+    app.command("bench-compare")(bench_compare)
+    app.command("bench-plot")(bench_plot)
+
+
+def bench(
+    impls: Impls,
+    lengths: Annotated[str | None, typer.Option(help="Such as 8k,32k,1M.")] = None,
+    shapes: Annotated[str | None, typer.Option(help=f"Of: {', '.join(SHAPES)}.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Blocks per query, such as 96,64.")] = None,
+    inputs: Annotated[str, typer.Option(help="Kinds of q and k.")] = ",".join(INPUTS),
+    tasks: Annotated[str, typer.Option(help="What is timed.")] = ",".join(TASKS),
+    batches: Annotated[str, typer.Option(help="Sequences of decode.")] = "1,16",
+    functions: Annotated[str | None, typer.Option(help="Only these contract functions.")] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="cudnn, flash, math or implementations; or none.")
+    ] = None,
+    l2: Annotated[str, typer.Option(help="Caches before a call: cold, hot or both.")] = "cold",
+    dtype: Annotated[str | None, typer.Option(help="Of q, k and v.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    seed: Annotated[int, typer.Option(help="What tensors are drawn from.")] = 0,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="Stop after this long.")] = None,
+    effort: Annotated[float, typer.Option(min=0.01, help="Seconds of rounds a workload.")] = 2.0,
+    longest_call: Annotated[
+        float, typer.Option(min=0.01, help="Leave out what takes longer a call.")
+    ] = 10.0,
+    output: Annotated[Path, typer.Option(help="JSON; a run in it is continued.")] = Path(
+        "infllmv2-bench.json"
+    ),
+    compare: Annotated[
+        Path | None, typer.Option(help="A benchmark that this one must keep up with.")
+    ] = None,
+    fail_above: FailAbove = FAIL_ABOVE,
+) -> None:
+    """Time implementations beside dense attention, on inputs whose results are checked."""
+    from infllmv2_conformance.device import choose_device
+    from infllmv2_conformance.loading import load
+
+    from . import table
+    from .baselines import BACKENDS
+    from .machine import describe_machine
+    from .record import Record
+    from .record import load as load_record
+    from .session import Session, Wish, default_baselines
+
+    check_names("l2", [l2], L2)
+    old = load_record(compare) if compare else None
+    candidates = [load(name) for name in dict.fromkeys(impls)]
+    where = choose_device(candidates[0].capabilities, _device(device, candidates))
+    for candidate in candidates:
+        choose_device(candidate.capabilities, where.type)
+    defaults = DEFAULTS[where.type]
+    chosen = _words(shapes) or DEFAULT_SHAPES[where.type]
+    check_names("shape", chosen, SHAPES)
+    names = [candidate.name for candidate in candidates]
+    others = _words(baselines) or default_baselines(where, names)
+    wish = Wish(
+        shapes=tuple(SHAPES[name] for name in chosen),
+        lengths=tuple(parse_lengths(lengths or defaults["lengths"])),
+        budgets=_numbers("budgets", budgets),
+        inputs=_known("input", inputs, INPUTS),
+        tasks=_known("task", tasks, TASKS),
+        batches=_numbers("batches", batches),
+        functions=_known("function", functions, FUNCTIONS),
+        baselines=tuple(n for n in others if n != NONE and n not in names),
+        l2=L2[l2],
+        dtype=_known("dtype", dtype or defaults["dtype"], ("bfloat16", "float16", "float32"))[0],
+        seed=seed,
+        seconds=float("inf") if seconds is None else seconds,
+        effort=effort,
+        longest_call=longest_call,
+    )
+    wish.workloads()  # an impossible budget is found before anything runs
+    settings = _settings(names, wish, BACKENDS)
+    record = Record(output, describe_machine(where), settings)
+    console = make_console()
+    table.show_start(console, record.data, record.ceilings)
+
+    def show(workload: Any, figures: Any, overlap: Any) -> None:
+        table.show_workload(console, workload, figures, overlap)
+
+    session = Session(candidates, where, wish, record, show)
+    try:
+        session.run()
+    finally:
+        table.show_summary(console, record.data)
+        console.print(f"Figures are in {output}.", soft_wrap=True)
+    bad = any(f["status"] in ("wrong", "untrusted") for f in record.data["figures"])
+    if old is not None and _compare(console, old, record.data, fail_above):
+        bad = True
+    raise typer.Exit(1 if bad else 0)
+
+
+def bench_compare(
+    old: Annotated[Path, typer.Argument(help="The stored benchmark.")],
+    new: Annotated[Path, typer.Argument(help="The new one, of the same kind of GPU.")],
+    fail_above: FailAbove = FAIL_ABOVE,
+) -> None:
+    """Compare two benchmarks by their ratios to dense attention: exit status 1 if slower."""
+    from .record import load
+
+    console = make_console()
+    raise typer.Exit(1 if _compare(console, load(old), load(new), fail_above) else 0)
+
+
+def bench_plot(
+    benchmark: Annotated[Path, typer.Argument(help="A file that `infllmv2 bench` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Takes the SVG files.")],
+) -> None:
+    """Draw latency, speed-up, roofline and stages of a stored benchmark."""
+    try:
+        from .plots import draw_all
+    except ImportError as error:
+        raise UsageError(f"drawing needs matplotlib: pip install matplotlib ({error})") from None
+    from .record import load
+
+    for path in draw_all(load(benchmark), folder):
+        typer.echo(path)
+
+
+def _compare(console: Any, old: Any, new: Any, fail_above: float) -> bool:
+    from .gate import compare
+    from .table import show_verdict
+
+    verdict = compare(old, new, fail_above)
+    show_verdict(console, verdict, fail_above)
+    return bool(verdict.failed)
+
+
+def _device(wanted: str | None, candidates: list[Any]) -> str | None:
+    """Return the wanted device; else a GPU, if there is one that the first implementation takes."""
+    import torch
+
+    if wanted or not torch.cuda.is_available():
+        return wanted
+    return "cuda" if "cuda" in candidates[0].capabilities.devices else None
+
+
+def _settings(names: list[str], wish: Any, backends: Any) -> dict[str, Any]:
+    facts = {name: value for name, value in vars(wish).items() if name != "seconds"}
+    facts["shapes"] = [shape.name for shape in wish.shapes]
+    facts["dense"] = [name for name in wish.baselines if name in backends]
+    return {"implementations": names, **facts}
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
+
+
+def _known(what: str, text: str | None, known: Any) -> tuple[str, ...]:
+    words = _words(text)
+    check_names(what, words, known)
+    if text is not None and not words:
+        raise UsageError(f"{what} must name at least one of {', '.join(known)}")
+    return words
+
+
+def _numbers(what: str, text: str | None) -> tuple[int, ...]:
+    words = _words(text)
+    for word in words:
+        if not word.isdecimal() or int(word) == 0:
+            raise UsageError(f"{what} must be numbers such as 1,16, but one is {word!r}")
+    return tuple(int(word) for word in words)
