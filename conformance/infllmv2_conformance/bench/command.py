@@ -8,19 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from infllmv2_conformance.errors import UsageError
-from infllmv2_conformance.names import FUNCTIONS, check_names
 from infllmv2_conformance.terminal import make_console
 
 from .gate import FAIL_ABOVE
-from .workloads import INPUTS, SHAPES, TASKS, parse_lengths
-
-L2 = {"cold": ("cold",), "hot": ("hot",), "both": ("cold", "hot")}
-NONE = "none"
-DEFAULTS = {
-    "cuda": {"lengths": "8k,16k,32k,64k,128k,256k,512k,1M", "dtype": "bfloat16"},
-    "cpu": {"lengths": "512,1k,2k", "dtype": "float32"},
-}
-DEFAULT_SHAPES = {"cuda": ("minicpm4", "mha16", "gqa8"), "cpu": ("tiny",)}
+from .workloads import INPUTS, SHAPES, TASKS
 
 Impls = Annotated[list[str], typer.Argument(help="What to time, as `check` takes it; several.")]
 FailAbove = Annotated[
@@ -65,46 +56,35 @@ def bench(
     fail_above: FailAbove = FAIL_ABOVE,
 ) -> None:
     """Time implementations beside dense attention, on inputs whose results are checked."""
-    from infllmv2_conformance.device import choose_device
-    from infllmv2_conformance.loading import load
-
     from . import table
-    from .baselines import BACKENDS
     from .machine import describe_machine
+    from .planning import make_candidates, make_wish
     from .record import Record
     from .record import load as load_record
-    from .session import Session, Wish, default_baselines
+    from .session import Session
 
-    check_names("l2", [l2], L2)
     old = load_record(compare) if compare else None
-    candidates = [load(name) for name in dict.fromkeys(impls)]
-    where = choose_device(candidates[0].capabilities, _device(device, candidates))
-    for candidate in candidates:
-        choose_device(candidate.capabilities, where.type)
-    defaults = DEFAULTS[where.type]
-    chosen = _words(shapes) or DEFAULT_SHAPES[where.type]
-    check_names("shape", chosen, SHAPES)
+    candidates, where = make_candidates(impls, device)
     names = [candidate.name for candidate in candidates]
-    others = _words(baselines) or default_baselines(where, names)
-    wish = Wish(
-        shapes=tuple(SHAPES[name] for name in chosen),
-        lengths=tuple(parse_lengths(lengths or defaults["lengths"])),
-        budgets=_numbers("budgets", budgets),
-        inputs=_known("input", inputs, INPUTS),
-        tasks=_known("task", tasks, TASKS),
-        batches=_numbers("batches", batches),
-        functions=_known("function", functions, FUNCTIONS),
-        baselines=tuple(n for n in others if n != NONE and n not in names),
-        l2=L2[l2],
-        dtype=_known("dtype", dtype or defaults["dtype"], ("bfloat16", "float16", "float32"))[0],
+    wish = make_wish(
+        where,
+        names,
+        lengths=lengths,
+        shapes=shapes,
+        budgets=budgets,
+        inputs=inputs,
+        tasks=tasks,
+        batches=batches,
+        functions=functions,
+        baselines=baselines,
+        l2=l2,
+        dtype=dtype,
         seed=seed,
         seconds=float("inf") if seconds is None else seconds,
         effort=effort,
         longest_call=longest_call,
     )
-    wish.workloads()  # an impossible budget is found before anything runs
-    settings = _settings(names, wish, BACKENDS)
-    record = Record(output, describe_machine(where), settings)
+    record = Record(output, describe_machine(where), wish.settings(names))
     console = make_console()
     table.show_start(console, record.data, record.ceilings)
 
@@ -157,39 +137,3 @@ def _compare(console: Any, old: Any, new: Any, fail_above: float) -> bool:
     verdict = compare(old, new, fail_above)
     show_verdict(console, verdict, fail_above)
     return bool(verdict.failed)
-
-
-def _device(wanted: str | None, candidates: list[Any]) -> str | None:
-    """Return the wanted device; else a GPU, if there is one that the first implementation takes."""
-    import torch
-
-    if wanted or not torch.cuda.is_available():
-        return wanted
-    return "cuda" if "cuda" in candidates[0].capabilities.devices else None
-
-
-def _settings(names: list[str], wish: Any, backends: Any) -> dict[str, Any]:
-    facts = {name: value for name, value in vars(wish).items() if name != "seconds"}
-    facts["shapes"] = [shape.name for shape in wish.shapes]
-    facts["dense"] = [name for name in wish.baselines if name in backends]
-    return {"implementations": names, **facts}
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
-
-
-def _known(what: str, text: str | None, known: Any) -> tuple[str, ...]:
-    words = _words(text)
-    check_names(what, words, known)
-    if text is not None and not words:
-        raise UsageError(f"{what} must name at least one of {', '.join(known)}")
-    return words
-
-
-def _numbers(what: str, text: str | None) -> tuple[int, ...]:
-    words = _words(text)
-    for word in words:
-        if not word.isdecimal() or int(word) == 0:
-            raise UsageError(f"{what} must be numbers such as 1,16, but one is {word!r}")
-    return tuple(int(word) for word in words)

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from infllmv2_conformance.candidate import Candidate
-from infllmv2_conformance.loading import load
+from infllmv2_reference import SparseConfig
 from infllmv2_reference.geometry import num_blocks, num_windows
+from infllmv2_reference.layout import cu_seqlens_of
 
+from . import given
 from .sampled import RowOracle, choose_sites
 from .tensors import Tensors, checksum, draw, swap_heads
 from .workloads import Workload
-
-HELPER = "eager"
-"""Computes the arguments of single stages: windows, scores and a selection. None of them need be
-exact, since every stage is judged by what it was given."""
 
 
 class Field:
@@ -42,35 +40,19 @@ class Field:
             self._swapped = [(self.gradient, 1)]
 
     @cached_property
-    def helper(self) -> Candidate:
-        """Return the implementation that computes arguments."""
-        return load(HELPER)
-
-    @cached_property
     def keys(self) -> Tensor:
         """Return a copy of k for compression, which is given new numbers like q is."""
         return self.swapped(self.tensors.k.clone(), 1)
 
     @cached_property
     def windows(self) -> dict[str, Tensor]:
-        """Return K_C1 and K_C2 as scoring takes them."""
+        """Return K_C1 and K_C2 as scoring takes them; of one sequence."""
         c = self.config
-        kernels = {
-            "1": (c.kernel_size, c.kernel_stride),
-            "2": (c.lse_kernel_size, c.lse_kernel_stride),
-        }
-        given: dict[str, Tensor] = {}
-        for which, (size, stride) in kernels.items():
-            result = self.helper.call(
-                "compress_keys",
-                k=self.tensors.k,
-                cu_seqlens_k=self.tensors.cu_seqlens_k,
-                max_seqlen_k=self.tensors.max_seqlen_k,
-                kernel_size=size,
-                kernel_stride=stride,
-            )
-            given[f"k_c{which}"], given[f"cu_seqlens_c{which}"] = result
-        return given
+        k_c1 = given.compress(self.tensors.k, c.kernel_size, c.kernel_stride)
+        k_c2 = given.compress(self.tensors.k, c.lse_kernel_size, c.lse_kernel_stride)
+        ends = (cu_seqlens_of([len(x)], self.device) for x in (k_c1, k_c2))
+        names = ("k_c1", "k_c2", "cu_seqlens_c1", "cu_seqlens_c2")
+        return dict(zip(names, (k_c1, k_c2, *ends), strict=True))
 
     @property
     def scoring(self) -> dict[str, Any]:
@@ -85,20 +67,21 @@ class Field:
     @cached_property
     def scores(self) -> Tensor:
         """Return scores of windows, float32 `[HK, T, C]`."""
-        return self._given("score_windows")
+        return self.swapped(given.window_scores(*self._scored), 0)
 
     @cached_property
     def block_scores(self) -> Tensor:
         """Return scores of blocks, float32 `[HK, T, N]`."""
-        return self._given("score_blocks")
+        return self.swapped(given.block_scores(*self._scored), 0)
 
     @cached_property
     def selected(self) -> Tensor:
         """Return a selection, int32 `[HK, T, K]`."""
-        return self.helper.call("select", **self.scoring)
+        return given.selection(*self._scored)
 
-    def _given(self, function: str) -> Tensor:
-        return self.swapped(self.helper.call(function, **self.scoring), 0)
+    @property
+    def _scored(self) -> tuple[Tensor, Tensor, Tensor, SparseConfig]:
+        return self.tensors.q, self.windows["k_c1"], self.windows["k_c2"], self.config
 
     def swapped(self, x: Tensor, axis: int) -> Tensor:
         """Return `x`, whose heads along `axis` are swapped at every `refresh` from now on."""
@@ -109,13 +92,13 @@ class Field:
     def attending(self) -> dict[str, Any]:
         """Return the arguments of `attend`."""
         t = self.tensors
-        given = {"q": t.q, "k": t.k, "v": t.v, "selected": self.selected, **t.lengths}
-        return given | {"block_size": self.config.block_size}
+        tensors = {"q": t.q, "k": t.k, "v": t.v, "selected": self.selected}
+        return {**tensors, **t.lengths, "block_size": self.config.block_size}
 
     def oracle(self, candidate: Candidate, given_windows: bool = False) -> RowOracle:
         """Return the oracle of single rows for the tensors as they are now."""
-        given = (self.windows["k_c1"], self.windows["k_c2"]) if given_windows else None
-        return RowOracle(self.workload, self.tensors, candidate.capabilities.arithmetic, given)
+        windows = (self.windows["k_c1"], self.windows["k_c2"]) if given_windows else None
+        return RowOracle(self.workload, self.tensors, candidate.capabilities.arithmetic, windows)
 
     def refresh(self) -> None:
         """Give every input other numbers at its old address, so that no result can be kept."""

@@ -47,11 +47,9 @@ def read_gpu(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     uuid: Any = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}"]
-    command += [
-        "--format=csv,noheader,nounits",
-        f"--id={f'GPU-{uuid}' if uuid else device.index or 0}",
-    ]
+    name = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", f"--id={name}"]
+    command.append("--format=csv,noheader,nounits")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +116,14 @@ def _admit(
     try:
         task = result.task = make()
         sums = place.checksums()
-        _judge(result, task, task.sample(task.call()))
+        began = time.monotonic()
+        value = task.call()
+        watch.settle()
+        slow = time.monotonic() - began > effort.longest_call  # perhaps it compiles
+        _judge(result, task, task.sample(value))
+        del value
+        if slow and _gives_up(result, Timed(watch, task.call, task.replayable), effort, place):
+            return None
         if task.before:
             result.worst_ratio = max(result.worst_ratio, task.before())
         if place.checksums() != sums:
@@ -123,9 +131,6 @@ def _admit(
             return None
         entrant = Timed(watch, task.call, task.replayable)
         first, result.memory = _first(entrant, place.device)
-        if first.wall > effort.longest_call:
-            result.give_up("not run", f"a call takes {first.wall:.1f} s")
-            return None
         entrant.choose_mode(first)
         result.mode = entrant.mode
     except Exception as error:
@@ -155,6 +160,14 @@ def _too_large(result: Result, place: Field) -> str | None:
 
 def _judge(result: Result, task: Task, sample: Any) -> None:
     result.worst_ratio = max(result.worst_ratio, task.judge(sample))
+
+
+def _gives_up(result: Result, entrant: Timed, effort: Effort, place: Field) -> bool:
+    """Say whether a call is too slow also the second time, when nothing needs compiling."""
+    reading, _ = _first(entrant, place.device)
+    if reading.wall > effort.longest_call:
+        result.give_up("not run", f"a call takes {reading.wall:.1f} s")
+    return result.status != "measured"
 
 
 def _first(entrant: Timed, device: torch.device) -> tuple[Reading, int | None]:

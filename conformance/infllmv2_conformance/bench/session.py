@@ -19,6 +19,7 @@ from infllmv2_conformance.loading import load
 from .backward import BACKWARDS
 from .baselines import BACKENDS, DENSE, dense_task
 from .ceilings import measure_ceilings
+from .counts import count
 from .decoding import DECODES
 from .field import Field
 from .figures import Figure, identity, key_of, make_figures, not_run
@@ -35,7 +36,6 @@ PACKAGES = ("infllm_v2",)
 """Implementations of other people, timed beside ours where their package is installed."""
 WHOLE = ("attention", "attention.backward", "decode")
 """What is timed of implementations that are only there to be compared with."""
-LINEAR = ("compress_keys", "compress_keys[k_c2]", "attend", "attend.backward", "append")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,13 @@ class Wish:
                     found += [replace(step, batch=n) for n in self.batches]
         return found
 
+    def settings(self, names: list[str]) -> dict[str, Any]:
+        """Return plain data about what is timed, for the record."""
+        facts = {name: value for name, value in vars(self).items() if name != "seconds"}
+        facts["shapes"] = [shape.name for shape in self.shapes]
+        facts["dense"] = [name for name in self.baselines if name in BACKENDS]
+        return {"implementations": names, **facts}
+
 
 def default_baselines(device: torch.device, names: list[str]) -> tuple[str, ...]:
     """Return dense attention, `eager`, and other people's packages if they are installed."""
@@ -137,7 +144,7 @@ class Session:
     def run(self) -> None:
         """Time every workload that the record does not hold yet."""
         if self.record.ceilings is None:
-            self.record.ceilings = measure_ceilings(self.watch, self.device, self.wish.dtype)
+            self.measure_ceilings()
         for workload in self.wish.workloads():
             if self.is_done(workload):
                 continue
@@ -146,6 +153,10 @@ class Session:
         out_of_time = any((f["reason"] or "").startswith(OUT_OF_TIME) for f in figures)
         self.record.data["complete"] = not out_of_time
         self._save()
+
+    def measure_ceilings(self) -> None:
+        """Measure what the machine reaches, for the rooflines."""
+        self.record.ceilings = measure_ceilings(self.watch, self.device, self.wish.dtype)
 
     def is_done(self, workload: Workload) -> bool:
         """Say whether the record holds all figures of a workload."""
@@ -239,7 +250,7 @@ class Session:
         return not self.wish.functions or function.split("[")[0] in self.wish.functions
 
     def _predict(self, workload: Workload, competitor: str, function: str) -> float | None:
-        """Guess the seconds of a call from shorter sequences: they grow as length to 1 or 2."""
+        """Guess the seconds of a call from a shorter one: they grow with the work to be done."""
         known = [
             (f["length"], f["seconds"]["median"])
             for f in self.record.figures.values()
@@ -253,8 +264,9 @@ class Session:
         if not known:
             return None
         length, seconds = max(known)
-        power = 1 if function in LINEAR or workload.task == "decode" else 2
-        return seconds * (workload.length / length) ** power
+        now, then = (count(function, workload.at(n)) for n in (workload.length, length))
+        pairs = [(now.flop, then.flop), (now.bytes, then.bytes), (now.exps, then.exps)]
+        return seconds * max((new / old for new, old in pairs if old), default=1.0)
 
     def _overlap(self, place: Field) -> dict[str, Any]:
         w = place.workload
