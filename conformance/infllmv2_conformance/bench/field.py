@@ -14,7 +14,7 @@ from infllmv2_reference.geometry import num_blocks, num_windows
 from infllmv2_reference.layout import cu_seqlens_of
 
 from . import given
-from .sampled import RowOracle, choose_sites
+from .sampled import Compressed, RowOracle, choose_sites
 from .tensors import Tensors, checksum, draw, swap_heads
 from .workloads import Workload
 
@@ -32,6 +32,7 @@ class Field:
         self.tensors: Tensors = draw(workload, device)
         self.sites = choose_sites(workload)
         self.gradient: Tensor | None = None
+        self._compressed: Compressed = {}  # of k, which stays as it is
         self._swapped: list[tuple[Tensor, int]] = [(self.tensors.q, 1)]
         if workload.task == "forward":  # in `decode` the cache holds copies of k and v
             self._swapped.append((self.tensors.v, 1))
@@ -98,12 +99,19 @@ class Field:
     def oracle(self, candidate: Candidate, given_windows: bool = False) -> RowOracle:
         """Return the oracle of single rows for the tensors as they are now."""
         windows = (self.windows["k_c1"], self.windows["k_c2"]) if given_windows else None
-        return RowOracle(self.workload, self.tensors, candidate.capabilities.arithmetic, windows)
+        arithmetic = candidate.capabilities.arithmetic
+        return RowOracle(self.workload, self.tensors, arithmetic, windows, self._compressed)
 
     def refresh(self) -> None:
         """Give every input other numbers at its old address, so that no result can be kept."""
         for x, axis in self._swapped:
             swap_heads(x, axis)
+
+    def restore(self) -> None:
+        """Write q, k and v again as they were drawn, for those who come after a vandal."""
+        fresh = draw(self.workload, self.device)
+        for name in ("q", "k", "v"):
+            getattr(self.tensors, name).copy_(getattr(fresh, name))
 
     def checksums(self) -> list[int]:
         """Return what tells whether an input was changed."""

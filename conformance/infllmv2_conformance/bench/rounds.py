@@ -120,15 +120,16 @@ def _admit(
         value = task.call()
         watch.settle()
         slow = time.monotonic() - began > effort.longest_call  # perhaps it compiles
+        if place.checksums() != sums:
+            place.restore()
+            result.give_up("wrong", "it changes its inputs")
+            return None
         _judge(result, task, task.sample(value))
         del value
         if slow and _gives_up(result, Timed(watch, task.call, task.replayable), effort, place):
             return None
         if task.before:
             result.worst_ratio = max(result.worst_ratio, task.before())
-        if place.checksums() != sums:
-            result.give_up("wrong", "it changes its inputs")
-            return None
         entrant = Timed(watch, task.call, task.replayable)
         first, result.memory = _first(entrant, place.device)
         entrant.choose_mode(first)

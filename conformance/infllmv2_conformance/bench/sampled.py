@@ -54,8 +54,7 @@ def choose_sites(workload: Workload, count: int = SITES) -> list[Site]:
     """Return the first and the last query, where selecting begins, the middle, and random ones."""
     rng = random.Random(workload.seed)
     if workload.task == "decode":
-        others = rng.sample(range(workload.batch), min(count - 2, workload.batch))
-        chosen = sorted({0, workload.batch - 1, *others})[:count]
+        chosen = sorted({0, workload.batch - 1, rng.randrange(workload.batch)})
         return [Site(i, i, workload.length - 1) for i in chosen]
     last = workload.length - 1
     begins = min(workload.budget * workload.shape.block_size, last)
@@ -72,6 +71,11 @@ def choose_heads(workload: Workload, count: int = HEADS) -> list[int]:
     return sorted(list(dict.fromkeys([0, heads - 1, *others]))[:count])
 
 
+Windows = tuple[tuple[Tensor, Tensor], ...]
+Compressed = dict[tuple[int, Arithmetic], Windows]
+"""K_C1 and K_C2 of each sequence, with how far honest ones may be off."""
+
+
 class RowOracle:
     """Hold what single rows must be, for the tensors as they are when first asked.
 
@@ -81,6 +85,7 @@ class RowOracle:
         arithmetic: what the implementation computes in.
         windows: K_C1 and K_C2 as the implementation is given them, packed; None if it compresses
             the keys itself.
+        compressed: what earlier oracles of the same keys compressed; new windows are added.
     """
 
     def __init__(
@@ -89,9 +94,11 @@ class RowOracle:
         tensors: Tensors,
         arithmetic: Arithmetic,
         windows: tuple[Tensor, Tensor] | None = None,
+        compressed: Compressed | None = None,
     ) -> None:
         self.workload, self.tensors, self.arithmetic = workload, tensors, arithmetic
         self.config, self.given = workload.config, windows
+        self._packs: Compressed = {} if compressed is None else compressed
         self._scores: dict[tuple[Site, bool], Bounded] = {}
 
     def scores(self, site: Site, end_to_end: bool) -> Bounded:
@@ -131,17 +138,17 @@ class RowOracle:
         assert self.given is not None
         return tuple(x.cpu() for x in self.given)
 
-    def _compressed(self, sequence: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        cache: dict[int, tuple[tuple[Tensor, Tensor], ...]] = self.__dict__.setdefault("_packs", {})
-        if sequence not in cache:
+    def _compressed(self, sequence: int) -> Windows:
+        name = sequence, self.arithmetic
+        if name not in self._packs:
             c, length = self.config, self.workload.length
             keys = self.tensors.k[sequence * length : (sequence + 1) * length].cpu()
             kernels = (c.kernel_size, c.kernel_stride), (c.lse_kernel_size, c.lse_kernel_stride)
-            cache[sequence] = tuple(
+            self._packs[name] = tuple(
                 bounds.stored_windows(keys, size, stride, self.arithmetic)
                 for size, stride in kernels
             )
-        return cache[sequence]
+        return self._packs[name]
 
     def check_output(
         self,
