@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import random
 import subprocess
 import sys
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+from infllmv2_conformance.bench.derived import limited_by
 from infllmv2_conformance.bench.gate import compare
 from infllmv2_conformance.bench.modes import SLACK, Timed, distrust
 from infllmv2_conformance.bench.record import Record, load
@@ -209,10 +210,10 @@ class _Events(CpuWatch):
 
     def __init__(self, says):
         super().__init__()
-        self.says = says
+        self.says, self.host = says, says
 
     def time(self, call):
-        return Reading(self.says, self.says, self.says), call()
+        return Reading(self.says, self.host, self.says), call()
 
 
 def _spin(seconds):
@@ -229,9 +230,67 @@ def test_events_that_contradict_the_wall_clock_are_not_used():
     lying.choose_mode(lying.time(cold=False)[0])
     assert lying.mode == "wall"
     assert lying.time(cold=False)[0].device >= 0.02
-    fair = Timed(_Events(0.02), lambda: _spin(0.0), replayable=False)
+    fair = Timed(_Events(0.02), lambda: None, replayable=False)
     fair.choose_mode(fair.time(cold=False)[0])
     assert fair.mode == "events"
+
+
+@pytest.mark.parametrize(("replayable", "mode"), [(True, "graph"), (False, "events")])
+def test_a_call_that_waits_for_the_host_is_replayed(replayable, mode, monkeypatch):
+    """Host and events agree on 2 ms, so the device may have waited: only a graph can tell."""
+    late = Timed(_Events(0.002), lambda: None, replayable)
+    monkeypatch.setattr(late, "_capture", lambda: True)
+    late.choose_mode(late.time(cold=False)[0])
+    assert late.mode == mode
+    assert limited_by({"timing": mode, "host_seconds": 0.002, "seconds": {"median": 0.002}}) == (
+        "device" if mode == "graph" else "host"
+    )
+    quick = Timed(_Events(0.02), lambda: None, replayable)
+    quick.watch.host = 1e-5
+    quick.choose_mode(quick.time(cold=False)[0])
+    assert quick.mode == "events"
+
+
+class _Graph:
+    """Stand in for CUDA graphs: what is called inside `graph` is called again by `replay`."""
+
+    debug: ClassVar[list[str]] = []
+
+    def replay(self):
+        self.replays = getattr(self, "replays", 0) + 1
+
+
+@contextlib.contextmanager
+def _graph(graph):
+    yield
+
+
+@pytest.mark.parametrize("waits", ["never", "always", "in capture"])
+def test_only_calls_that_do_not_wait_are_captured(waits, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", _graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    results = []
+
+    def call():
+        captured = bool(modes) and modes[-1] == "default"
+        if (waits == "always" and not captured) or (waits == "in capture" and captured):
+            raise RuntimeError("called a synchronizing CUDA operation")
+        results.append(object())
+        return results[-1]
+
+    watch = _Events(0.002)
+    timed = Timed(watch, call, replayable=True)
+    timed.choose_mode(Reading(0.002, 0.002, 0.002))
+    assert modes[-1] == "default"
+    assert timed.mode == ("graph" if waits == "never" else "events")
+    _, result = timed.time(cold=False)
+    count = len(results)
+    assert result is results[-1]
+    timed.time(cold=False)
+    assert len(results) == count + (0 if waits == "never" else 1)
 
 
 def test_a_clock_is_doubted_if_the_wall_clock_says_more():
@@ -366,14 +425,3 @@ def test_the_suite_of_pytest_benchmark_gates_on_device_time(tmp_path, environmen
     wrong = run("kernels.py:Zeros")
     assert wrong.returncode == 1
     assert "wrong: the LSE is wrong" in wrong.stdout
-
-
-def test_names_in_the_file_are_those_of_the_documentation():
-    """Every field of a figure is described on the page."""
-    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
-    from infllmv2_conformance.bench.figures import not_run
-    from infllmv2_conformance.bench.workloads import Workload
-
-    (figure,) = not_run(Workload(SHAPES["tiny"], 64, 8), [("x", "attend")], ("cold",), "why")
-    for name in itertools.chain(figure, ("overlap", "ceilings", "machine", "settings")):
-        assert f"`{name}`" in page, name

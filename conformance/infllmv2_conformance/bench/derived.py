@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from .figures import Figure
+from .modes import LATE
 from .stats import exponent
 
 SELECTIONS = (
@@ -21,6 +22,17 @@ _SAME = ("implementation", "shape", "batch", "budget", "inputs", "dtype", "l2", 
 def seconds_of(figure: Figure) -> float | None:
     """Return the median of a figure, None if it has no number."""
     return figure["seconds"]["median"] if figure["seconds"] else None
+
+
+def limited_by(figure: Figure) -> str:
+    """Say what a time depends on: "device", or "host" if the device had to wait for the host.
+
+    The host's time is noisy, and differs from machine to machine with the same GPU.
+    """
+    waits = (
+        figure["timing"] == "events" and figure["host_seconds"] > LATE * figure["seconds"]["median"]
+    )
+    return "host" if waits or figure["timing"] == "wall" else "device"
 
 
 def breakdowns(figures: list[Figure]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from infllmv2_conformance.errors import UsageError
 
+from .derived import limited_by
 from .figures import Figure, key_of
 from .record import Data
 
@@ -49,11 +50,13 @@ class Verdict:
         changes: every figure that both benchmarks have, or had.
         failed: those that are too slow, wrong or untrusted now.
         skipped: keys that were measured before and were not run now.
+        by_host: keys whose time depended on the host before: too noisy to compare.
     """
 
     changes: list[Change]
     failed: list[Change]
     skipped: list[str]
+    by_host: list[str]
 
 
 def compare(old: Data, new: Data, fail_above: float = FAIL_ABOVE) -> Verdict:
@@ -67,7 +70,7 @@ def compare(old: Data, new: Data, fail_above: float = FAIL_ABOVE) -> Verdict:
         raise UsageError(f"benchmarks of {devices[0]} and of {devices[1]} cannot be compared")
     figures = {key_of(f): f for f in new["figures"]}
     changes: list[Change] = []
-    skipped: list[str] = []
+    skipped, by_host = list[str](), list[str]()
     for before in old["figures"]:
         if before["ratio_to_dense"] is None or before["function"].startswith("dense"):
             continue
@@ -75,11 +78,13 @@ def compare(old: Data, new: Data, fail_above: float = FAIL_ABOVE) -> Verdict:
         now = figures.get(key)
         if now is None or now["status"] == "not run":
             skipped.append(key)
+        elif limited_by(before) == "host" and now["status"] == "measured":
+            by_host.append(key)
         else:
             changes.append(_change(key, before, now))
-    if not changes:
+    if not (changes or by_host):
         raise UsageError("the benchmarks have no figure in common")
-    return Verdict(changes, [c for c in changes if _fails(c, fail_above)], skipped)
+    return Verdict(changes, [c for c in changes if _fails(c, fail_above)], skipped, by_host)
 
 
 def _device(data: Data) -> str:

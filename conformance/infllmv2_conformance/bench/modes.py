@@ -1,12 +1,13 @@
 """Three ways to time a call, and which of them can be believed.
 
-*events*: the watch of the device. *graph*: a CUDA graph of the call, for calls that take the host
-longer than the device. *wall*: from the call until the device has finished, for calls of that kind
-that cannot be captured; it includes the launches. On a CPU there is *cpu* alone.
+*events*: the watch of the device. *graph*: a CUDA graph of the call, where the host needs about as
+long as the device. *wall*: from the call until the device has finished, where the device's clock
+contradicts the wall clock; it includes the launches. On a CPU there is *cpu* alone.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import ceil
 from time import monotonic_ns
@@ -22,6 +23,8 @@ AGREE = 1.5
 AGREE_ON_CPU = 6.0
 SLACK = 50e-6
 """Seconds of launching and waiting that the wall clock sees beside the device's."""
+LATE = 0.5
+"""The share of the device's time from which on the host may be what is measured."""
 BACK_TO_BACK = 0.005
 MOST_CALLS = 100
 
@@ -57,28 +60,42 @@ class Timed:
     def choose_mode(self, first: Reading) -> None:
         """Find the mode, given the reading of a first call.
 
-        A call that keeps the wall clock much longer than the device is launch-bound, or the
+        A call that keeps the host as long as the device leaves the device waiting: a graph does
+        not. One that keeps the wall clock much longer than the device is of that kind too, or the
         device's clock is not to be trusted; either way its events are not used.
         """
         is_long = first.wall > 10 * BACK_TO_BACK and not distrust([first], [], on_cpu=False)
-        if self.mode == "cpu" or is_long or self.agrees(self._typical().device):
+        if self.mode == "cpu" or is_long:
             return
-        self.host = self._typical().host
+        typical = self._typical()
+        is_believed, is_late = self.agrees(typical), typical.host > LATE * typical.device
+        if is_believed and not is_late:
+            return
+        self.host = typical.host
         if self.replayable and self._capture():
             self.mode = "graph"
-            if self.agrees(self._typical().device):
+            if self.agrees(self._typical()):
                 return
-        self.mode, self._replay = "wall", self.call
+        self.mode, self._replay, self.host = self.watch.name, self.call, None
+        if not is_believed:
+            self.mode = "wall"
 
-    def agrees(self, device: float) -> bool:
-        """Say whether back-to-back calls take the wall clock about as long as `device` says."""
-        calls = max(1, min(MOST_CALLS, ceil(BACK_TO_BACK / max(device, 1e-7))))
-        self.watch.settle()
-        began = _now()
-        for _ in range(calls):
-            self._replay()
-        self.watch.settle()
-        return _seconds(began) / calls <= AGREE * device + SLACK
+    def agrees(self, reading: Reading) -> bool:
+        """Say whether back-to-back calls take the wall clock about as long as the device's.
+
+        Something else may keep the host once, but not three times in a row.
+        """
+        about = max(reading.device, reading.wall - 10 * SLACK, 1e-7)
+        calls = max(1, min(MOST_CALLS, ceil(BACK_TO_BACK / about)))
+        for _ in range(3):
+            self.watch.settle()
+            began = _now()
+            for _ in range(calls):
+                self._replay()
+            self.watch.settle()
+            if _seconds(began) / calls <= AGREE * reading.device + SLACK:
+                return True
+        return False
 
     def _typical(self) -> Reading:
         readings = [self.time(cold=False)[0] for _ in range(4)]
@@ -100,15 +117,13 @@ class Timed:
         """
         graph, kept = torch.cuda.CUDAGraph(), list[Any]()
         try:
-            torch.cuda.set_sync_debug_mode("error")
-            self.call()
-            torch.cuda.set_sync_debug_mode("default")
+            if not _is_asynchronous(self.call):
+                return False
             with torch.cuda.graph(graph):
                 kept.append(self.call())
         except Exception:
             return False
         finally:
-            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
 
         def replay() -> Any:
@@ -117,6 +132,20 @@ class Timed:
 
         self._replay = replay
         return True
+
+
+def _is_asynchronous(call: Callable[[], Any]) -> bool:
+    """Say whether a call never waits for the device, as far as PyTorch can tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot always tell
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
 
 
 def distrust(readings: list[Reading], others: list[Reading], on_cpu: bool) -> str | None:

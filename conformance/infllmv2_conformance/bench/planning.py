@@ -87,7 +87,8 @@ def make_wish(
     for name in wish.baselines:
         if name not in BACKENDS:
             load(name)  # a wrong name is found before anything runs
-    wish.workloads()  # and so is a budget that does not hold the forced blocks
+    for workload in wish.workloads():
+        _ = workload.config  # and so is a budget that does not hold the forced blocks
     return wish
 
 

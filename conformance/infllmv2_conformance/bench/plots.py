@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
-from .derived import breakdowns, seconds_of
+from .derived import breakdowns
 from .figures import Figure
 from .record import Data
 from .workloads import short
@@ -173,15 +173,16 @@ def _roofline(canvas: Canvas, data: Data, theme: Theme) -> bool:
     ceilings = data["ceilings"] or {}
     if not (ceilings.get("copy") and ceilings.get("matmul")):
         return False
-    points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    longest = max((f["length"] for f in data["figures"] if f["seconds"]), default=0)
-    for figure in data["figures"]:
+    longest: dict[tuple[str, str], Figure] = {}
+    for figure in sorted(data["figures"], key=lambda f: f["length"]):
         first = figure["shape"] == data["settings"]["shapes"][0] and figure["batch"] == 1
-        seconds, work = seconds_of(figure), figure["work"]
-        if first and figure["length"] == longest and seconds and work["flop"] and work["bytes"]:
-            speed = work["flop"] / seconds / 1e12
-            name = figure["implementation"]
-            points[name].append((work["flop"] / work["bytes"], speed, figure["function"]))
+        if first and figure["seconds"] and figure["work"]["flop"]:
+            longest[figure["implementation"], figure["function"]] = figure
+    points: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for (name, function), figure in longest.items():
+        work, seconds = figure["work"], figure["seconds"]["median"]
+        text = f"{function} {short(figure['length'])}"
+        points[name].append((work["flop"] / work["bytes"], work["flop"] / seconds / 1e12, text))
     if not points:
         return False
     ax: Any = canvas.subplots()
@@ -193,15 +194,12 @@ def _roofline(canvas: Canvas, data: Data, theme: Theme) -> bool:
     for name, found in points.items():
         style = _style(theme, data, (name, "")) | {"linestyle": "", "label": name}
         ax.plot([x for x, _, _ in found], [y for _, y, _ in found], **style)
-        told: set[str] = set()
-        for x, y, function in found:
-            if function not in told:
-                told.add(function)
-                ax.annotate(function, (x, y), xytext=(6, -4), textcoords="offset points", size=8.5)
+        for x, y, text in found:
+            ax.annotate(text, (x, y), xytext=(6, -4), textcoords="offset points", size=8.5)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.grid(True)
-    ax.set_xlabel(f"floating-point operations per byte, at {short(longest)} tokens")
+    ax.set_xlabel("floating-point operations per byte; each function at its longest")
     ax.set_ylabel("TFLOP/s")
     canvas.legend(loc="outside lower center", ncols=4)
     return True
@@ -210,11 +208,9 @@ def _roofline(canvas: Canvas, data: Data, theme: Theme) -> bool:
 def _stages(canvas: Canvas, data: Data, theme: Theme) -> bool:
     """Draw what compressing, selecting and attending take of the forward."""
     rows = [
-        row
-        for row in breakdowns(data["figures"])
-        if row["shape"] == data["settings"]["shapes"][0]
-        and row["inputs"] == data["settings"]["inputs"][-1]
+        row for row in breakdowns(data["figures"]) if row["shape"] == data["settings"]["shapes"][0]
     ]
+    rows = [row for row in rows if row["inputs"] == rows[-1]["inputs"]]
     first = {name: rows[0][name] for name in ("budget", "l2")} if rows else {}
     rows = [row for row in rows if all(row[name] == value for name, value in first.items())]
     if not rows:

@@ -45,6 +45,12 @@ def load(path: Path) -> Data:
     return data
 
 
+def _joined(old: Data, new: Data) -> Data:
+    """Return the lists of both settings joined: what was asked for in all runs together."""
+    names = ("implementations", "shapes", "lengths", "budgets", "inputs", "tasks", "batches")
+    return {name: list(dict.fromkeys([*old[name], *new[name]])) for name in names}
+
+
 class Record:
     """Hold a benchmark and write it after every change, whole or not at all.
 
@@ -86,6 +92,7 @@ class Record:
         self._require_same("machine.gpu.name", was, now, "name")
         for name in ("dtype", "seed", "l2", "baselines"):
             self._require_same(f"settings.{name}", old["settings"], self.data["settings"], name)
+        self.data["settings"] |= _joined(old["settings"], self.data["settings"])
         for name in ("started", "seconds", "ceilings", "overlap", "figures"):
             self.data[name] = old[name]
 

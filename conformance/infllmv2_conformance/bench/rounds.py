@@ -21,6 +21,8 @@ from .watches import Reading, Watch
 
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 50
+FAR = 10
+"""How many times the longest call one may be predicted to take, and still be tried."""
 
 
 @dataclass
@@ -63,14 +65,15 @@ class Effort:
         longest_call: no single call may be predicted to take longer.
         l2: which states of the caches are timed, "cold" and "hot".
         remaining: seconds that are left of the whole run.
-        predict: seconds that a call will take, by competitor and function; None if unknown.
+        predict: the fewest and the most seconds that a call may take, by competitor and function;
+            None if unknown.
     """
 
     seconds: float
     longest_call: float
     l2: tuple[str, ...]
     remaining: Callable[[], float]
-    predict: Callable[[str, str], float | None]
+    predict: Callable[[str, str], tuple[float, float] | None]
 
 
 def race(
@@ -141,14 +144,16 @@ def _admit(
 
 
 def _too_long(result: Result, effort: Effort) -> str | None:
+    """Say why a task is not even tried: it would surely be too slow, or perhaps for very long."""
     expected = effort.predict(result.competitor, result.function)
     if expected is None:
         return None
-    if expected > effort.longest_call:
-        return f"a call would take about {expected:.1f} s"
+    fewest, most = expected
+    if fewest > effort.longest_call or most > FAR * effort.longest_call:
+        return f"a call would take {fewest:.1f} to {most:.1f} s"
     left = effort.remaining()
-    if expected * (FEWEST_ROUNDS * len(effort.l2) + 2) > left:
-        return f"out of time: a call would take about {expected:.1f} s, and {left:.0f} s are left"
+    if fewest * (FEWEST_ROUNDS * len(effort.l2) + 2) > left or most > left:
+        return f"out of time: a call would take {fewest:.1f} to {most:.1f} s, {left:.0f} s are left"
     return None
 
 
@@ -259,8 +264,8 @@ def _judge_timed(
         dense = [r for r, _ in timed if r.function.startswith("dense") and r is not result]
         others = [reading for r in dense for reading in r.readings.get(state, [])]
         reason = distrust(readings, others, on_cpu)
-        typical = median([reading.device for reading in readings])
-        if not reason and entrant.mode in ("events", "graph") and typical < BACK_TO_BACK:
+        typical = Reading(*(median([r[i] for r in readings]) for i in range(3)))
+        if not reason and entrant.mode in ("events", "graph") and typical.device < BACK_TO_BACK:
             reason = None if entrant.agrees(typical) else _LIES
         if reason:
             result.give_up("untrusted", reason)

@@ -249,8 +249,10 @@ class Session:
             return False
         return not self.wish.functions or function.split("[")[0] in self.wish.functions
 
-    def _predict(self, workload: Workload, competitor: str, function: str) -> float | None:
-        """Guess the seconds of a call from a shorter one: they grow with the work to be done."""
+    def _predict(
+        self, workload: Workload, competitor: str, function: str
+    ) -> tuple[float, float] | None:
+        """Guess the seconds of a call from a shorter one: they grow with length, or with work."""
         known = [
             (f["length"], f["seconds"]["median"])
             for f in self.record.figures.values()
@@ -266,7 +268,9 @@ class Session:
         length, seconds = max(known)
         now, then = (count(function, workload.at(n)) for n in (workload.length, length))
         pairs = [(now.flop, then.flop), (now.bytes, then.bytes), (now.exps, then.exps)]
-        return seconds * max((new / old for new, old in pairs if old), default=1.0)
+        growth = [new / old for new, old in pairs if old]
+        linear = 1.0 if workload.task == "decode" else workload.length / length
+        return seconds * min([linear, *growth]), seconds * max([linear, *growth])
 
     def _overlap(self, place: Field) -> dict[str, Any]:
         w = place.workload

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .counts import Ceilings
-from .derived import breakdowns, exponents
+from .derived import breakdowns, exponents, limited_by
 from .figures import Figure
 from .gate import Verdict
 from .record import Data
@@ -89,6 +89,8 @@ def show_workload(
             table.add_row(Text(_name(figure, states)), *_numbers(figure))
     if table.row_count:
         console.print(table)
+    if any(figure["seconds"] and limited_by(figure) == "host" for figure in figures):
+        console.print("[dim]h: the device waited for the host; g: replayed as a CUDA graph[/]")
     _show_reasons(console, figures)
 
 
@@ -112,7 +114,7 @@ def _name(figure: Figure, states: int) -> str:
 def _numbers(figure: Figure) -> list[str]:
     seconds, roofline, memory = figure["seconds"], figure["roofline"], figure["memory_bytes"]
     ratio = figure["ratio_to_dense"]
-    mark = {"graph": " g", "wall": " w"}.get(figure["timing"], "")
+    mark = " h" if limited_by(figure) == "host" else " g" if figure["timing"] == "graph" else ""
     return [
         seconds_text(seconds["median"]) + mark,
         f"{100 * seconds['iqr'] / seconds['median']:.0f} %" if seconds["median"] else "",
@@ -177,7 +179,7 @@ def show_verdict(console: Console, verdict: Verdict, fail_above: float) -> None:
         console.print(
             f"{len(verdict.changes)} figures compared; from {100 * min(slower):+.1f} % to "
             f"{100 * max(slower):+.1f} %, and more than {100 * fail_above:+.0f} % fails; "
-            f"{len(verdict.skipped)} not run now",
+            f"{len(verdict.skipped)} not run now, {len(verdict.by_host)} limited by the host",
             soft_wrap=True,
         )
     text = f"{len(verdict.failed)} regressions" if verdict.failed else "no regression"

@@ -107,12 +107,16 @@ def swap_heads(x: Tensor, axis: int = 1) -> None:
 
 
 def checksum(x: Tensor) -> int:
-    """Return a number that changes when an element does; computed where the tensor lies."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """Return a number that changes when an element does, or moves; computed where `x` lies.
+
+    Integers wrap around. Every place has an odd weight, so that no change is lost in that.
+    """
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = x.detach().reshape(-1).view(kinds[x.element_size()])
-    total = 0
+    size = min(len(flat), _CHECKSUM_ELEMENTS)
+    weights = torch.arange(1, 2 * size, 2, device=x.device).to(flat.dtype)
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, len(flat), _CHECKSUM_ELEMENTS):
-        part = flat[start : start + _CHECKSUM_ELEMENTS].long()
-        places = torch.arange(1, 2 * len(part), 2, device=x.device)  # odd: a change never cancels
-        total = (total * 31 + int((part * places).sum())) % (1 << 61)
-    return total
+        part = flat[start : start + _CHECKSUM_ELEMENTS]
+        total = total * 31 + (part * weights[: len(part)]).sum(dtype=torch.int64)
+    return int(total)
