@@ -42,7 +42,7 @@ BENCH_OPTIONS: dict[str, dict[str, Any]] = {
     "batches": {"metavar": "1,16", "help": "benchmark: sequences of decode"},
     "baselines": {"metavar": "NAMES", "help": "benchmark: what is timed beside IMPL"},
     "l2": {"metavar": "STATE", "help": "benchmark: cold, hot or both"},
-    "effort": {"metavar": "S", "type": float, "default": 2.0, "help": "benchmark: of a workload"},
+    "effort": {"metavar": "S", "type": float, "help": "benchmark: of a workload"},
     "output": {"metavar": "FILE", "help": "benchmark: keep the figures in this JSON file"},
 }
 

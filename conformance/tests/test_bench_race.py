@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from typing import ClassVar
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,32 +251,35 @@ def test_a_call_that_waits_for_the_host_is_replayed(replayable, mode, monkeypatc
     assert quick.mode == "events"
 
 
-class _Graph:
-    """Stand in for CUDA graphs: what is called inside `graph` is called again by `replay`."""
+class _Graphs:
+    """Stand in for CUDA graphs, and for the mode in which a call that waits raises."""
 
-    debug: ClassVar[list[str]] = []
+    def __init__(self, monkeypatch):
+        self.state = "default"
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.switch)
 
-    def replay(self):
-        self.replays = getattr(self, "replays", 0) + 1
+    def switch(self, state):
+        self.state = state
 
-
-@contextlib.contextmanager
-def _graph(graph):
-    yield
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.state = "capture"
+        try:
+            yield
+        finally:
+            self.state = "default"
 
 
 @pytest.mark.parametrize("waits", ["never", "always", "in capture"])
 def test_only_calls_that_do_not_wait_are_captured(waits, monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
-    monkeypatch.setattr(torch.cuda, "graph", _graph)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    results = []
+    graphs, results = _Graphs(monkeypatch), []
+    raises = {"never": (), "always": ("error", "capture"), "in capture": ("capture",)}[waits]
 
     def call():
-        captured = bool(modes) and modes[-1] == "default"
-        if (waits == "always" and not captured) or (waits == "in capture" and captured):
+        if graphs.state in raises:
             raise RuntimeError("called a synchronizing CUDA operation")
         results.append(object())
         return results[-1]
@@ -284,7 +287,7 @@ def test_only_calls_that_do_not_wait_are_captured(waits, monkeypatch):
     watch = _Events(0.002)
     timed = Timed(watch, call, replayable=True)
     timed.choose_mode(Reading(0.002, 0.002, 0.002))
-    assert modes[-1] == "default"
+    assert graphs.state == "default"
     assert timed.mode == ("graph" if waits == "never" else "events")
     _, result = timed.time(cold=False)
     count = len(results)

@@ -33,7 +33,7 @@ def bench(
     budgets: Annotated[str | None, typer.Option(help="Blocks per query, such as 96,64.")] = None,
     inputs: Annotated[str, typer.Option(help="Kinds of q and k.")] = ",".join(INPUTS),
     tasks: Annotated[str, typer.Option(help="What is timed.")] = ",".join(TASKS),
-    batches: Annotated[str, typer.Option(help="Sequences of decode.")] = "1,16",
+    batches: Annotated[str | None, typer.Option(help="Sequences of decode: 1,16.")] = None,
     functions: Annotated[str | None, typer.Option(help="Only these contract functions.")] = None,
     baselines: Annotated[
         str | None, typer.Option(help="cudnn, flash, math or implementations; or none.")
@@ -43,7 +43,9 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     seed: Annotated[int, typer.Option(help="What tensors are drawn from.")] = 0,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="Stop after this long.")] = None,
-    effort: Annotated[float, typer.Option(min=0.01, help="Seconds of rounds a workload.")] = 2.0,
+    effort: Annotated[
+        float | None, typer.Option(min=0.01, help="Seconds of rounds a workload.")
+    ] = None,
     longest_call: Annotated[
         float, typer.Option(min=0.01, help="Leave out what takes longer a call.")
     ] = 10.0,

@@ -19,14 +19,17 @@ from .workloads import INPUTS, SHAPES, TASKS, parse_lengths
 
 L2 = {"cold": ("cold",), "hot": ("hot",), "both": ("cold", "hot")}
 DTYPES = ("bfloat16", "float16", "float32")
+EFFORT = {"cuda": 2.0, "cpu": 0.2}
+"""Seconds of rounds for a workload, unless others are asked for."""
 NONE = "none"
 DEFAULTS = {
     "cuda": {
         "lengths": "8k,16k,32k,64k,128k,256k,512k,1M",
         "shapes": "minicpm4,mha16,gqa8",
+        "batches": "1,16",
         "dtype": "bfloat16",
     },
-    "cpu": {"lengths": "512,1k,2k", "shapes": "tiny", "dtype": "float32"},
+    "cpu": {"lengths": "128,256", "shapes": "tiny", "batches": "1,4", "dtype": "float32"},
 }
 
 
@@ -60,6 +63,7 @@ def make_wish(
     baselines: str | None = None,
     l2: str | None = None,
     dtype: str | None = None,
+    effort: float | None = None,
     **numbers: Any,
 ) -> Wish:
     """Read words such as `8k,32k`; what is None has the default of the device.
@@ -77,11 +81,12 @@ def make_wish(
         budgets=_numbers("budgets", budgets),
         inputs=_known("input", inputs or ",".join(INPUTS), INPUTS),
         tasks=_known("task", tasks or ",".join(TASKS), TASKS),
-        batches=_numbers("batches", batches or "1,16"),
+        batches=_numbers("batches", batches or defaults["batches"]),
         functions=_known("function", functions or "", FUNCTIONS),
         baselines=tuple(n for n in others if n != NONE and n not in names),
         l2=L2[l2 or "cold"],
         dtype=_known("dtype", dtype or defaults["dtype"], DTYPES)[0],
+        effort=EFFORT[device.type] if effort is None else effort,
         **numbers,
     )
     for name in wish.baselines:
