@@ -6,6 +6,8 @@ import doctest
 import importlib
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from infllmv2_conformance.bench.figures import not_run
 from infllmv2_conformance.bench.gate import compare
 from infllmv2_conformance.bench.plots import PLOTS, THEMES, draw_all
 from infllmv2_conformance.bench.record import RecordError, load
+from infllmv2_conformance.bench.words import SHAPE_NAMES
 from infllmv2_conformance.bench.workloads import SHAPES, Workload
 from infllmv2_conformance.cli import run_command
 from infllmv2_conformance.errors import UsageError
@@ -177,6 +180,14 @@ def test_bench_compare_ends_with_status_1_if_slower(tmp_path, capsys):
     assert "slower by 20.0 %" in capsys.readouterr().out
     assert run_command(["bench-compare", *map(str, paths), "--fail-above", "0.25"]) == 0
     assert run_command(["bench-compare", *map(str, reversed(paths))]) == 0
+
+
+def test_the_command_starts_without_torch(environment):
+    code = "import sys, infllmv2_conformance.cli; print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert tuple(SHAPES) == SHAPE_NAMES
 
 
 def test_forks_never_reach_the_gpu_runner():

@@ -10,8 +10,7 @@ import typer
 from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.terminal import make_console
 
-from .gate import FAIL_ABOVE
-from .workloads import INPUTS, SHAPES, TASKS
+from .words import FAIL_ABOVE, INPUTS, SHAPE_NAMES, TASKS
 
 Impls = Annotated[list[str], typer.Argument(help="What to time, as `check` takes it; several.")]
 FailAbove = Annotated[
@@ -29,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def bench(
     impls: Impls,
     lengths: Annotated[str | None, typer.Option(help="Such as 8k,32k,1M.")] = None,
-    shapes: Annotated[str | None, typer.Option(help=f"Of: {', '.join(SHAPES)}.")] = None,
+    shapes: Annotated[str | None, typer.Option(help=f"Of: {', '.join(SHAPE_NAMES)}.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Blocks per query, such as 96,64.")] = None,
     inputs: Annotated[str, typer.Option(help="Kinds of q and k.")] = ",".join(INPUTS),
     tasks: Annotated[str, typer.Option(help="What is timed.")] = ",".join(TASKS),

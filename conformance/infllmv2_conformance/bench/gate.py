@@ -14,9 +14,8 @@ from infllmv2_conformance.errors import UsageError
 from .derived import limited_by
 from .figures import Figure, key_of
 from .record import Data
+from .words import FAIL_ABOVE
 
-FAIL_ABOVE = 0.10
-"""A slow-down by more than this fails; `docs/benchmarks.md` says why it is this number."""
 LOST = ("wrong", "untrusted")
 
 

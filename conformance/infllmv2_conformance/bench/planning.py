@@ -15,7 +15,8 @@ from infllmv2_conformance.names import FUNCTIONS, check_names
 
 from .baselines import BACKENDS
 from .session import Wish, default_baselines
-from .workloads import INPUTS, SHAPES, TASKS, parse_lengths
+from .words import INPUTS, TASKS
+from .workloads import SHAPES, parse_lengths
 
 L2 = {"cold": ("cold",), "hot": ("hot",), "both": ("cold", "hot")}
 DTYPES = ("bfloat16", "float16", "float32")

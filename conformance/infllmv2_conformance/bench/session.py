@@ -30,7 +30,8 @@ from .rounds import Effort, Result, race
 from .stages import STAGES, Maker
 from .tasks import Task, unsupported
 from .watches import Watch, make_watch
-from .workloads import TASKS, Shape, Workload
+from .words import TASKS
+from .workloads import Shape, Workload
 
 PACKAGES = ("infllm_v2",)
 """Implementations of other people, timed beside ours where their package is installed."""

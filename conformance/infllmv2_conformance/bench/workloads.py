@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from infllmv2_conformance.errors import UsageError
 from infllmv2_reference import SparseConfig
 
-INPUTS = ("random", "correlated")
-"""Kinds of queries and keys; `tensors.py` says what they are."""
-TASKS = ("forward", "backward", "decode")
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -87,8 +84,8 @@ class Workload:
         shape: of the model.
         length: S, key tokens of every sequence; as many queries, except in `decode`: one.
         budget: K, blocks that every query selects.
-        inputs: one of `INPUTS`.
-        task: one of `TASKS`.
+        inputs: one of `words.INPUTS`.
+        task: one of `words.TASKS`.
         batch: sequences; 1 except in `decode`.
         dtype: of q, k and v.
         seed: what the tensors are drawn from.
