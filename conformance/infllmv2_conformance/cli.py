@@ -11,6 +11,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
+from .bench import command as bench_command
 from .child import Order
 from .errors import UsageError
 from .mutants.command import mutants
@@ -179,6 +180,7 @@ def capabilities(impl: Impl) -> None:
 
 
 app.command()(mutants)
+bench_command.register(app)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ the standard library, and its options begin with `--infllmv2-`. Their short name
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pytest
 
 SUITE = Path(__file__).parent / "suite"
 SUITE_MODULE = "infllmv2_conformance.suite"
+BENCH = Path(__file__).parent / "bench"
+BENCH_MODULE = "infllmv2_conformance.bench"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "impl": {"metavar": "IMPL", "help": "name, pkg.module:ATTR or path/file.py:ATTR"},
@@ -31,6 +33,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resume": {"action": "store_true", "help": "leave out rules that the events say have begun"},
 }
 
+BENCH_OPTIONS: dict[str, dict[str, Any]] = {
+    "lengths": {"metavar": "8k,32k", "help": "benchmark: tokens"},
+    "shapes": {"metavar": "NAMES", "help": "benchmark: models"},
+    "budgets": {"metavar": "96,64", "help": "benchmark: blocks of a query"},
+    "inputs": {"metavar": "KINDS", "help": "benchmark: random,correlated"},
+    "tasks": {"metavar": "NAMES", "help": "benchmark: forward,backward,decode"},
+    "batches": {"metavar": "1,16", "help": "benchmark: sequences of decode"},
+    "baselines": {"metavar": "NAMES", "help": "benchmark: what is timed beside IMPL"},
+    "l2": {"metavar": "STATE", "help": "benchmark: cold, hot or both"},
+    "effort": {"metavar": "S", "type": float, "help": "benchmark: of a workload"},
+    "output": {"metavar": "FILE", "help": "benchmark: keep the figures in this JSON file"},
+}
+
 
 def option(config: pytest.Config, name: str) -> Any:
     """Return the value of one of our options."""
@@ -40,7 +55,7 @@ def option(config: pytest.Config, name: str) -> Any:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options under names that no other plugin has."""
     group = parser.getgroup("infllmv2", "InfLLM-V2 conformance")
-    for name, settings in OPTIONS.items():
+    for name, settings in (OPTIONS | BENCH_OPTIONS).items():
         group.addoption(f"--infllmv2-{name}", dest=_destination(name), **settings)
 
 
@@ -50,9 +65,10 @@ def pytest_load_initial_conftests(
 ) -> Generator[None, None, None]:
     """Add the short names, if the suite is asked for; what a conftest has taken stays its own."""
     result = yield
-    if any(SUITE_MODULE in arg or str(SUITE) in arg for arg in args):
+    named = _names_bench(args)
+    if named or any(SUITE_MODULE in arg or str(SUITE) in arg for arg in args):
         group = parser.getgroup("infllmv2")
-        for name, settings in OPTIONS.items():
+        for name, settings in (OPTIONS | (BENCH_OPTIONS if named else {})).items():
             try:
                 group.addoption(f"--{name}", dest=_destination(name), **settings)
             except (ValueError, argparse.ArgumentError):
@@ -63,7 +79,11 @@ def pytest_load_initial_conftests(
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and the part that runs the suite if an implementation is given."""
     config.addinivalue_line("markers", "rule(id): the rule of conformance that this test checks")
-    if option(config, "impl"):
+    if option(config, "impl") and _names_bench(config.invocation_params.args):
+        from .bench.pytest_plugin import BenchPlugin
+
+        config.pluginmanager.register(BenchPlugin(config), "infllmv2_bench")
+    elif option(config, "impl"):
         from .suite_plugin import SuitePlugin
 
         config.pluginmanager.register(SuitePlugin(config), "infllmv2_suite")
@@ -71,12 +91,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse to run the suite against nothing."""
-    if not option(config, "impl") and any(item.path.is_relative_to(SUITE) for item in items):
-        raise pytest.UsageError(
-            "the conformance suite needs an implementation: add --impl IMPL, "
-            "or run 'infllmv2 check IMPL'"
-        )
+    """Refuse to run the suite or the benchmark against nothing."""
+    if option(config, "impl"):
+        return
+    for folder, what, command in ((SUITE, "suite", "check"), (BENCH, "benchmark", "bench")):
+        if any(item.path.is_relative_to(folder) for item in items):
+            raise pytest.UsageError(
+                f"the conformance {what} needs an implementation: add --impl IMPL, "
+                f"or run 'infllmv2 {command} IMPL'"
+            )
+
+
+def _names_bench(args: Sequence[object]) -> bool:
+    return any(BENCH_MODULE in str(arg) or str(BENCH) in str(arg) for arg in args)
 
 
 def _destination(name: str) -> str:

@@ -29,7 +29,7 @@ PROFILES = {
     for p in (
         Profile("quick", examples=20, shape_classes=7, max_keys=400),
         Profile("ci", examples=60, shape_classes=14, max_keys=1200),
-        Profile("thorough", examples=250, shape_classes=28, max_keys=5000),
+        Profile("thorough", examples=250, shape_classes=28, max_keys=5000, database=True),
         Profile("nightly", examples=1500, shape_classes=56, max_keys=8000, database=True),
     )
 }

@@ -1,0 +1,1 @@
+"""The benchmark for pytest-benchmark: `pytest --pyargs infllmv2_conformance.bench --impl IMPL`."""
