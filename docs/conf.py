@@ -7,9 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS / "_ext"))
+sys.path[:0] = [str(DOCS / "_ext"), str(DOCS)]
 # The pages describe the checkout that they lie in, whatever is installed beside it.
-sys.path[:0] = [str(DOCS.parent / package) for package in ("reference", "conformance")]
+sys.path[:0] = [str(DOCS.parent / package) for package in ("reference", "conformance", "impls")]
 
 project = "infllmv2-conformance"
 author = "the infllmv2-conformance authors"
@@ -18,13 +18,14 @@ try:
 except metadata.PackageNotFoundError:
     version = release = "from source"
 
-extensions = ["myst_parser", "mathml", "rule_pages"]
+extensions = ["myst_parser", "mathml", "rule_pages", "drawings"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_ext", "_scripts", "examples"]
+exclude_patterns = ["_ext", "_scripts", "_drawings", "examples"]
 nitpicky = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
 html_title = "InfLLM-V2: specification and conformance"
 html_math_renderer = "mathml"
 html_copy_source = False
