@@ -18,7 +18,7 @@ try:
 except metadata.PackageNotFoundError:
     version = release = "from source"
 
-extensions = ["myst_parser", "mathml", "rule_pages", "drawings"]
+extensions = ["myst_parser", "mathml", "rule_pages", "rule_lists", "drawings", "stored"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_ext", "_scripts", "_drawings", "examples"]

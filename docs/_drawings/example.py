@@ -1,4 +1,4 @@
-"""The small runs that drawings show: inputs with a stated model, and the reference's own results."""
+"""The small runs that drawings show: inputs with a stated model, through the reference's stages."""
 
 from __future__ import annotations
 

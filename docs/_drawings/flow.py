@@ -41,7 +41,7 @@ def flow() -> Figure:
     axes.add_patch(
         FancyBboxPatch((0.55, 0.28), 11.35, 0.34, "round,pad=0.06", fc="none", ec=ORANGE, ls="--")
     )
-    text = "6 switch: with fewer than dense_len keys, stage 5 attends everything and 1 to 4 are skipped"
+    text = "6 switch: with fewer than dense_len keys, stage 5 attends everything, without 1 to 4"
     axes.text(6.2, 0.44, text, ha="center", va="center", fontsize=8)
     return figure
 

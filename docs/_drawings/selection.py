@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from matplotlib.figure import Figure
 
 from infllmv2_reference.geometry import is_forced
 
-from .example import map_run
+from .example import Run, map_run
 from .style import BLUE, FAINT, INK, ORANGE, PURPLE, SKY, SOFT, canvas, key, seamless
 
 ROWS = 6  # queries of one row of the map
@@ -16,21 +18,30 @@ ROWS = 6  # queries of one row of the map
 def selection_map() -> Figure:
     """Draw which blocks every sixth query selects, and why."""
     run = map_run()
-    c = run.config
     figure, (axes,) = canvas(4.4)
-    for position in range(ROWS - 1, run.num_keys, ROWS):
-        seamless(axes, 0, position - ROWS + 1, position // c.block_size + 1, ROWS, FAINT)
-        for block in (b for b in run.selected[position].tolist() if b >= 0):
-            colour = ORANGE
-            if is_forced(block, position, c.block_size, c.init_blocks, c.local_blocks):
-                colour = PURPLE if block < c.init_blocks else SKY
-            seamless(axes, block, position - ROWS + 1, 1, ROWS, colour)
-    blocks = run.num_keys // c.block_size
+    size, blocks = run.config.block_size, run.num_keys // run.config.block_size
+    positions = range(ROWS - 1, run.num_keys, ROWS)
+    for block in range(blocks):
+        column = [_colour(run, position, block) for position in positions]
+        for colour, rows in groupby(range(len(column)), key=lambda row: column[row]):
+            top, *rest = rows
+            if colour:
+                seamless(axes, block, top * ROWS, 1, (1 + len(rest)) * ROWS, colour)
     axes.set(xlim=(0, blocks), ylim=(run.num_keys, 0), xlabel="block", ylabel="query position")
     axes.set_xticks(range(0, blocks + 1, 8))
-    axes.set_yticks(range(0, run.num_keys + 1, 128))
+    axes.set_yticks(range(0, run.num_keys + 1, size * 8))
     key(axes, {"initial": PURPLE, "local": SKY, "best-scored": ORANGE, "not selected": FAINT})
     return figure
+
+
+def _colour(run: Run, position: int, block: int) -> str | None:
+    """Say what a block is to a query; a block after its own is nothing."""
+    c = run.config
+    if block > position // c.block_size:
+        return None
+    if is_forced(block, position, c.block_size, c.init_blocks, c.local_blocks):
+        return PURPLE if block < c.init_blocks else SKY
+    return ORANGE if block in run.selected[position] else FAINT
 
 
 def neighbours() -> Figure:

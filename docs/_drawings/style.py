@@ -63,7 +63,9 @@ RC = {
 }
 
 
-def canvas(height: float, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, list]:
+def canvas(
+    height: float, rows: int = 1, columns: int = 1, **options: object
+) -> tuple[Figure, list[Axes]]:
     """Return a figure of the pages' width, and its axes in reading order."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)

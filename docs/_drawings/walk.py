@@ -10,7 +10,21 @@ from infllmv2_reference import SparseConfig, attend_blocks, compress_keys, score
 from infllmv2_reference.geometry import is_forced, num_blocks, num_windows, window_span
 
 from .example import run_stages, walk_run
-from .style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, SOFT, bare, canvas, cell, key, seamless
+from .style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SOFT,
+    bare,
+    canvas,
+    cell,
+    key,
+    seamless,
+)
 
 
 def walk() -> Figure:
@@ -47,7 +61,7 @@ def walk() -> Figure:
 def _selected_blocks(axes: Axes, selected: list[int], config: SparseConfig) -> None:
     size, position = config.block_size, 63
     for block in range(position // size + 1):
-        name, colour = "–", FAINT
+        name, colour = "no", FAINT
         if block in selected:
             name, colour = "best", ORANGE
             if is_forced(block, position, size, config.init_blocks, config.local_blocks):

@@ -88,8 +88,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def _read_again(app: Sphinx, env: Any, docnames: list[str]) -> None:
+def _read_again(_: Sphinx, env: Any, docnames: list[str]) -> None:
     """Read pages with drawings in every build: they follow code that Sphinx does not watch."""
-    for name in sorted(env.found_docs - set(docnames)):
-        if "{drawing}" in env.doc2path(name).read_text(encoding="utf-8"):
-            docnames.append(name)
+    unread = sorted(env.found_docs - set(docnames))
+    docnames += [n for n in unread if "{drawing}" in env.doc2path(n).read_text(encoding="utf-8")]
