@@ -18,11 +18,29 @@ try:
 except metadata.PackageNotFoundError:
     version = release = "from source"
 
-extensions = ["myst_parser", "mathml", "rule_pages", "rule_lists", "drawings", "stored"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "rule_pages",
+    "rule_lists",
+    "drawings",
+    "stored",
+]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_ext", "_scripts", "_drawings", "examples"]
+exclude_patterns = ["_*", "examples", "tests"]
 nitpicky = True
+OTHERS = r"torch(\..*)?|Tensor|Float|Int|Int32|Bool|collections\.abc\..*"
+nitpick_ignore_regex = [("py:class", OTHERS)]  # documented elsewhere, and the pages build offline
+
+# Docstrings: Google style, with code between single backticks.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 70
 
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -37,11 +37,9 @@ def _count(positions: int, local_blocks: int) -> dict[str, Any]:
 
 def _lost(position: int, c: SparseConfig) -> int:
     """Count the tokens of the window that lie in no forced block."""
-    window = range(max(0, position - c.window_size + 1), position + 1)
-    blocks = {token // c.block_size for token in window}
-    missing = {
-        block
-        for block in blocks
-        if not is_forced(block, position, c.block_size, c.init_blocks, c.local_blocks)
-    }
-    return sum(token // c.block_size in missing for token in window)
+    size, first = c.block_size, max(0, position - c.window_size + 1)
+    lost = 0
+    for block in range(first // size, position // size + 1):
+        if not is_forced(block, position, size, c.init_blocks, c.local_blocks):
+            lost += min(position + 1, (block + 1) * size) - max(first, block * size)
+    return lost
