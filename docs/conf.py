@@ -32,7 +32,7 @@ myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_*", "examples", "tests"]
 nitpicky = True
-OTHERS = r"torch(\..*)?|Tensor|Float|Int|Int32|Bool|collections\.abc\..*"
+OTHERS = r"(torch|jaxtyping|collections\.abc)(\..*)?|Tensor|Float|Int|Bool"
 nitpick_ignore_regex = [("py:class", OTHERS)]  # documented elsewhere, and the pages build offline
 
 # Docstrings: Google style, with code between single backticks.
@@ -48,3 +48,4 @@ html_title = "InfLLM-V2: specification and conformance"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False

@@ -7,7 +7,7 @@
 
 The functions are in `docs/_drawings`; they return a matplotlib figure that is drawn from the
 reference or from stored results. Inline SVG follows the theme: `style.PALETTE` names the colours
-that stand in the SVG as CSS variables, which `_static/drawings.css` sets for light and dark.
+that stand in the SVG as CSS variables, which `_static/pages.css` sets for light and dark.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _open(text: str, name: str, alt: str) -> str:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directive and its colours."""
     app.add_directive("drawing", Drawing)
-    app.add_css_file("drawings.css")
+    app.add_css_file("pages.css")
     app.connect("env-before-read-docs", _read_again)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
