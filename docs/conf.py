@@ -26,6 +26,7 @@ extensions = [
     "rule_pages",
     "rule_lists",
     "drawings",
+    "examples",
     "stored",
 ]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
