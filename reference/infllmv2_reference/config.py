@@ -81,7 +81,7 @@ class SparseConfig:
 
     @property
     def budget(self) -> int:
-        """Return K, the most blocks one query selects: init, local and scored blocks together."""
+        """Return K, the most blocks that one query selects, be they initial, local or scored."""
         return self.topk + self.window_size // self.block_size
 
     def is_sparse(self, num_keys: int) -> bool:
