@@ -48,24 +48,30 @@ def compress_kernel(
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Average a tile of windows of one head; sums are float32, token after token."""
+    """Average a tile of windows of one head, `AT_ONCE` tokens of each at a time, in float32."""
     head = tl.program_id(1)
     sequence, start, rows, first = find_tile(tl.program_id(0), ends_c, batch, WINDOWS)
     if first >= rows:
         return
-    row = tl.arange(0, WINDOWS)
+    window = tl.arange(0, WINDOWS)
+    token = tl.arange(0, AT_ONCE)[None, :, None]
     dims = tl.arange(0, D_PAD)
-    valid = (first + row < rows)[:, None] & (dims < D)[None, :]
-    token = tl.load(ends_k + sequence).to(tl.int64) + first.to(tl.int64) * STRIDE
-    at = k + token * k_row_stride + head * k_head_stride
-    at += (row.to(tl.int64) * (STRIDE * k_row_stride))[:, None] + dims[None, :]
-    total = tl.zeros([WINDOWS, D_PAD], tl.float32)
-    for i in range(SIZE):
-        total += tl.load(at + i * k_row_stride, mask=valid, other=0.0).to(tl.float32)
+    exists = (first + window < rows)[:, None, None] & (dims < D)[None, None, :]
+    begin = tl.load(ends_k + sequence).to(tl.int64) + first.to(tl.int64) * STRIDE
+    at = k + begin * k_row_stride + head * k_head_stride
+    at += (window * STRIDE)[:, None, None].to(tl.int64) * k_row_stride
+    at += token * k_row_stride + dims[None, None, :]
+    total = tl.zeros([WINDOWS, AT_ONCE, D_PAD], tl.float32)
+    for i in range(0, SIZE, AT_ONCE):
+        keys = tl.load(at + i * k_row_stride, mask=exists & (i + token < SIZE), other=0.0)
+        total += keys.to(tl.float32)
+    mean = tl.sum(total, axis=1) / SIZE
     line = (start + first).to(tl.int64) * tl.num_programs(1) + head
-    out = means + line * D + (row * (tl.num_programs(1) * D))[:, None] + dims[None, :]
-    tl.store(out, (total / SIZE).to(means.dtype.element_ty), mask=valid)
+    out = means + line * D + (window * (tl.num_programs(1) * D))[:, None] + dims[None, :]
+    mask = (first + window < rows)[:, None] & (dims < D)[None, :]
+    tl.store(out, mean.to(means.dtype.element_ty), mask=mask)
 
 
 def compress_keys(
@@ -80,13 +86,13 @@ def compress_keys(
     rows = total_k // kernel_stride
     means = torch.zeros((rows, num_heads, head_dim), dtype=k.dtype, device=k.device)
     ends = torch.empty_like(cu_seqlens_k)
-    tile = compress_tile(rows)
+    windows, at_once = compress_tile(head_dim, kernel_size)
     with launching_on(k):
         window_ends_kernel[(1,)](
             cu_seqlens_k, ends, batch, SIZE=kernel_size, STRIDE=kernel_stride, CHUNK=1024
         )
         if rows:
-            compress_kernel[num_slots(rows, batch, tile), num_heads](
+            compress_kernel[num_slots(rows, batch, windows), num_heads](
                 k,
                 means,
                 cu_seqlens_k,
@@ -98,7 +104,8 @@ def compress_keys(
                 D_PAD=padded_dim(head_dim),
                 SIZE=kernel_size,
                 STRIDE=kernel_stride,
-                WINDOWS=tile,
+                WINDOWS=windows,
+                AT_ONCE=at_once,
                 num_warps=4,
             )
     return means, ends

@@ -56,8 +56,8 @@ def lse_tile(dtype: torch.dtype, head_dim: int, group: int, max_seqlen_q: int) -
         return Tile(_tokens(512, pad, max_seqlen_q), 64, 4, 1, _interpreted_step(dtype))
     if dtype == torch.float32:
         return Tile(_tokens(32, pad, max_seqlen_q), 32, 4, 1, step=32)
-    stages = 2 if _is_wide(dtype, head_dim) else 3
-    return Tile(_tokens(128, pad, max_seqlen_q), 64, 8, stages)
+    is_wide = _is_wide(dtype, head_dim)
+    return Tile(_tokens(128, pad, max_seqlen_q), 64, 4, 2, registers=None if is_wide else 168)
 
 
 def score_tile(dtype: torch.dtype, head_dim: int, group: int, max_seqlen_q: int) -> Tile:
@@ -70,8 +70,6 @@ def score_tile(dtype: torch.dtype, head_dim: int, group: int, max_seqlen_q: int)
     if _is_wide(dtype, head_dim):
         return Tile(_tokens(128, pad, max_seqlen_q), 64, 4, 2)
     tokens = _tokens(256 if pad >= 4 else 128, pad, max_seqlen_q)
-    if tokens * pad >= 256:
-        return Tile(tokens, 64, 8, 3, registers=128)
     return Tile(tokens, 64, 4, 3)
 
 
@@ -79,9 +77,12 @@ def _interpreted_step(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.float32 else 0
 
 
-def compress_tile(rows: int) -> int:
-    """Choose the windows of one program of the compression."""
-    return 64 if INTERPRETED else 16
+def compress_tile(head_dim: int, kernel_size: int) -> tuple[int, int]:
+    """Choose the windows of one program of the compression, and their tokens of one step."""
+    at_once = min(triton.next_power_of_2(kernel_size), 16)
+    if INTERPRETED:
+        return 64, at_once
+    return max(8192 // (at_once * padded_dim(head_dim)), 1), at_once
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def topk_tile(blocks: int, tokens: int) -> TopkTile:
         return TopkTile(min(tokens, 64), held, held < width, 64, 1)
     held = min(width, 16384)
     warps = max(held // 2048, 1)
-    return TopkTile(1, held, held < width, min(512 * warps, held), warps)
+    return TopkTile(1, held, held < width, min(256 * warps, held), warps)
 
 
 def stage_tile(max_seqlen_q: int) -> int:
