@@ -117,22 +117,41 @@ def check_attend(
     max_seqlen_k: int,
     block_size: int,
     dtypes: Dtypes = FLOATS,
-    values: bool = True,
 ) -> None:
     """Check the arguments of `attend`, the values of `selected` included."""
-    check_count("block_size", block_size, 1)
-    _check_qkv(q, k, v, dtypes)
-    _check_tensor("selected", selected, "[HK, total_q, K]", (torch.int32,), like=("q", q))
-    _check_equal("selected.shape[0]", selected.shape[0], "k.shape[1]", k.shape[1])
-    _check_equal("selected.shape[1]", selected.shape[1], "q.shape[0]", q.shape[0])
-    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, values)
-    if not values:
-        return
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_attend_form(q, k, v, selected, *lengths, block_size, dtypes)
+    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
     starts = cu_seqlens_q.tolist()
     for i, num_keys in enumerate(lengths_of(cu_seqlens_k)):
         blocks = num_blocks(num_keys, block_size)
         _check_selected(selected[:, starts[i] : starts[i + 1]], i, blocks)
+
+
+def check_attend_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    dtypes: Dtypes = FLOATS,
+) -> None:
+    """Check the arguments of `attend` without looking at values, for which a GPU would have to wait."""
+    check_count("block_size", block_size, 1)
+    check_count("max_seqlen_q", max_seqlen_q)
+    check_count("max_seqlen_k", max_seqlen_k)
+    _check_qkv(q, k, v, dtypes)
+    _check_tensor("selected", selected, "[HK, total_q, K]", (torch.int32,), like=("q", q))
+    _check_equal("selected.shape[0]", selected.shape[0], "k.shape[1]", k.shape[1])
+    _check_equal("selected.shape[1]", selected.shape[1], "q.shape[0]", q.shape[0])
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_tensor(name, ends, "[batch + 1]", (torch.int32,), like=("q", q))
+    _check_equal("len(cu_seqlens_k)", len(cu_seqlens_k), "len(cu_seqlens_q)", len(cu_seqlens_q))
 
 
 def check_attention(
@@ -304,7 +323,7 @@ def _check_lengths(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    values: bool,
+    values: bool = True,
 ) -> None:
     """Raise unless the lengths are those of a packed batch with `rows` as its queries."""
     for ends_name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
