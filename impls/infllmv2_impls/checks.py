@@ -188,6 +188,7 @@ def check_append(
     lengths: list[int],
     capacity: int,
     config: SparseConfig,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `append` against the cache: `stored` is `[any, HK, D]`."""
     _check_tensor("k", k, "[total, HK, D]", (stored.dtype,), like=("cache", stored))
@@ -198,6 +199,8 @@ def check_append(
     _check_tensor("cu_seqlens", cu_seqlens, "[batch + 1]", (torch.int32,), like=("k", k))
     check_count("max_seqlen", max_seqlen)
     _check_equal("len(cu_seqlens)", len(cu_seqlens), "the cache's batch + 1", len(lengths) + 1)
+    if not values:
+        return
     check_cu_seqlens("cu_seqlens", cu_seqlens, max_seqlen, "max_seqlen")
     _check_rows("k", k, 0, "cu_seqlens", cu_seqlens)
     for i, (new, old) in enumerate(zip(lengths_of(cu_seqlens), lengths, strict=True)):
@@ -216,6 +219,7 @@ def check_decode(
     stored: Tensor,
     lengths: list[int],
     config: SparseConfig,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `decode` against the cache: `stored` is `[any, HK, D]`."""
     _check_tensor("q", q, "[total_q, HQ, D]", (stored.dtype,), like=("cache", stored))
@@ -224,6 +228,8 @@ def check_decode(
     _check_tensor("cu_seqlens_q", cu_seqlens_q, "[batch + 1]", (torch.int32,), like=("q", q))
     check_count("max_seqlen_q", max_seqlen_q)
     _check_equal("len(cu_seqlens_q)", len(cu_seqlens_q), "the cache's batch + 1", len(lengths) + 1)
+    if not values:
+        return
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, "max_seqlen_q")
     _check_rows("q", q, 0, "cu_seqlens_q", cu_seqlens_q)
     for i, (new, old) in enumerate(zip(lengths_of(cu_seqlens_q), lengths, strict=True)):

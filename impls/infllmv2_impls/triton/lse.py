@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infllmv2_reference.geometry import num_windows as num_windows_of
 
+from . import hopper_lse, hopper_windows
 from .device import launching_on
 from .packing import Lengths, Windows
 from .product import product_in_steps
@@ -155,7 +156,13 @@ def window_lse(
     most = num_windows_of(lengths.max_seqlen_k, windows.size, windows.stride)
     parts = num_parts(slots * num_kv_heads, -(-most // tile.windows))
     lse = torch.empty((parts, total_q, num_heads), dtype=torch.float32, device=q.device)
-    if slots:
+    scale = LOG2_E * head_dim**-0.5
+    is_full = tile.tokens * triton.next_power_of_2(group) == 128 and parts == 1
+    if slots and is_full and hopper_windows.applies(q, windows.means):
+        with launching_on(q):
+            limits = (block_size, covered, dense_len)
+            hopper_lse.write_lse(q, windows, lse, lengths, slots, scale, *limits)
+    elif slots:
         with launching_on(q):
             lse_kernel[slots, num_kv_heads, parts](
                 q,
@@ -171,7 +178,7 @@ def window_lse(
                 q.stride(0),
                 q.stride(1),
                 windows.means.stride(1),
-                LOG2_E * head_dim**-0.5,
+                scale,
                 GROUP=group,
                 GROUP_PAD=triton.next_power_of_2(group),
                 D=head_dim,

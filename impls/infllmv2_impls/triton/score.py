@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infllmv2_reference.config import SparseConfig
 
+from . import hopper_score, hopper_windows
 from .device import launching_on
 from .lse import LOG2_E
 from .packing import Lengths, Lines, Windows
@@ -61,35 +62,12 @@ def _load_norm(lse_at, inside, parts, part_stride):
 
 
 @triton.jit
-def _exp2_by_polynomial(x):
-    """Return 2**x by multiply-adds, to relieve the unit for exponentials; huge beyond 2**126."""
-    x = tl.minimum(tl.maximum(x, -126.0), 127.0)
-    shifted = x + 12582912.0  # 1.5 * 2**23: the integer part comes to lie in the last bits
-    f = x - (shifted - 12582912.0)  # in -0.5 .. 0.5
-    y = f * 0.0013333558 + 0.009618129
-    y = y * f + 0.05550411
-    y = y * f + 0.24022651
-    y = y * f + 0.6931472
-    y = y * f + 1.0
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (y.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _sum_group(exponents, GROUP_PAD: tl.constexpr, POLYNOMIAL: tl.constexpr):
+def _sum_group(exponents, GROUP_PAD: tl.constexpr):
     """Return the sums over the group of 2**exponents: `[WINDOWS, TOKENS]`, windows in order."""
     WINDOWS: tl.constexpr = exponents.shape[0]
     TOKENS: tl.constexpr = exponents.shape[1] // GROUP_PAD
     LOW: tl.constexpr = min(TOKENS, 8)
-    HIGH: tl.constexpr = TOKENS // LOW
-    if POLYNOMIAL:
-        x = tl.reshape(exponents, [WINDOWS, HIGH, GROUP_PAD // 4, 2, 2, LOW])
-        x, y = tl.split(tl.permute(x, [0, 1, 2, 5, 3, 4]))
-        x0, x1 = tl.split(x)
-        y0, y1 = tl.split(y)
-        weights = tl.exp2(x0) + _exp2_by_polynomial(y1) + (tl.exp2(x1) + tl.exp2(y0))
-    else:
-        weights = tl.reshape(tl.exp2(exponents), [WINDOWS, HIGH, GROUP_PAD, LOW])
+    weights = tl.reshape(tl.exp2(exponents), [WINDOWS, TOKENS // LOW, GROUP_PAD, LOW])
     return _in_order(tl.reshape(tl.sum(weights, axis=2), [WINDOWS, TOKENS]))
 
 
@@ -155,7 +133,6 @@ def score_kernel(
     WINDOWS: tl.constexpr,
     STAGES: tl.constexpr,
     STEP: tl.constexpr,
-    POLYNOMIAL: tl.constexpr,
 ):
     """Write the scores of a tile of tokens, of windows or `POOLED` of blocks that compete."""
     kv_head = tl.program_id(1)
@@ -215,7 +192,7 @@ def score_kernel(
                 keys = tl.load(keys_at)
             else:
                 keys = tl.load(keys_at, mask=(dims < D)[None, :], other=0.0)
-            tile = _sum_group(tl.dot(keys, queries) * scale - norm, GROUP_PAD, POLYNOMIAL)
+            tile = _sum_group(tl.dot(keys, queries) * scale - norm, GROUP_PAD)
             if not ALL_VISIBLE:
                 tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
             tile, before = _pool_tile(tile, before, PER, EXTRA)
@@ -230,7 +207,7 @@ def score_kernel(
             logits = tl.dot(tl.load(keys_at + dims[None, :], mask=mask, other=0.0), queries)
         else:
             logits = product_in_steps(keys_at, q_at[None, :], exists, inside[None, :], D, STEP)
-        tile = _sum_group(logits * scale - norm, GROUP_PAD, False)
+        tile = _sum_group(logits * scale - norm, GROUP_PAD)
         tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
         tile, before = _pool_tile(tile, before, PER, EXTRA)
         mask = (token < rows - first) & (c >= begin)
@@ -293,6 +270,15 @@ def write_scores(
     grid = (lines.slots, num_kv_heads, num_parts(lines.slots * num_kv_heads, steps))
     if not lines.slots:
         return
+    scale = LOG2_E * head_dim**-0.5
+    all_visible = pooled and _competing_are_visible(config)
+    is_full = tile.tokens * triton.next_power_of_2(group) == 256 and grid[2] == lse.shape[0] == 1
+    if pooled and is_full and hopper_windows.applies(q, windows.means):
+        with launching_on(q):
+            hopper_score.write_scores(
+                q, windows, lse, lengths, config, lines, scale, all_visible, covered, dense_len
+            )
+        return
     with launching_on(q):
         score_kernel[grid](
             q,
@@ -314,7 +300,7 @@ def write_scores(
             q.stride(0),
             q.stride(1),
             windows.means.stride(1),
-            LOG2_E * head_dim**-0.5,
+            scale,
             GROUP=group,
             GROUP_PAD=triton.next_power_of_2(group),
             D=head_dim,
@@ -324,13 +310,12 @@ def write_scores(
             C_ROW=windows.means.stride(0),
             BLOCK=config.block_size,
             POOLED=pooled,
-            ALL_VISIBLE=pooled and _competing_are_visible(config),
+            ALL_VISIBLE=all_visible,
             BY_SLOT=lines.by_slot,
             TOKENS=tile.tokens,
             WINDOWS=tile.windows,
             STAGES=tile.stages,
             STEP=tile.step,
-            POLYNOMIAL=tile.polynomial and group > 2,
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )

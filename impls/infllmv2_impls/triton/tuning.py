@@ -32,7 +32,6 @@ class Tile:
         stages: depth of the pipeline that loads windows.
         step: channels that are multiplied at a time without tensor cores; 0 with them.
         registers: the most of a thread, so that more programs share a multiprocessor.
-        polynomial: whether a quarter of the exponentials are polynomials.
     """
 
     tokens: int
@@ -41,7 +40,6 @@ class Tile:
     stages: int
     step: int = 0
     registers: int | None = None
-    polynomial: bool = False
 
 
 def padded_dim(head_dim: int) -> int:
@@ -83,6 +81,11 @@ def compress_tile(head_dim: int, kernel_size: int) -> tuple[int, int]:
     if INTERPRETED:
         return 64, at_once
     return max(8192 // (at_once * padded_dim(head_dim)), 1), at_once
+
+
+def append_tile() -> tuple[int, int]:
+    """Choose rows and columns of one program that copies into a cache."""
+    return (64, 1024) if INTERPRETED else (4, 1024)
 
 
 @dataclass(frozen=True)
