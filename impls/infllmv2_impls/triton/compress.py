@@ -51,7 +51,7 @@ def compress_kernel(
     AT_ONCE: tl.constexpr,
 ):
     """Average a tile of windows of one head, `AT_ONCE` tokens of each at a time, in float32."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, start, rows, first = find_tile(tl.program_id(0), ends_c, batch, WINDOWS)
     if first >= rows:
         return

@@ -94,7 +94,7 @@ def _normalise_rows(
     token = INDEX * TOKENS + row // GROUP_PAD
     member = row % GROUP_PAD
     inside = (token < left) & (member < GROUP)
-    q_at = (token * q_row_stride + member * q_head_stride)[:, None]
+    q_at = (token * q_row_stride + member.to(gl.int64) * q_head_stride)[:, None]
     q_at = q_at + gl.arange(0, D, gl.SliceLayout(0, rows))[None, :]
     queries = q_rows.index(INDEX)
     queries.store(gl.load(q + q_at, mask=inside[:, None], other=0.0))
@@ -145,6 +145,7 @@ def _normalise_tile(
 ):  # fmt: skip
     TOKENS: gl.constexpr = 2 * ROWS // GROUP_PAD
     kv_head = gl.program_id(1)
+    head = kv_head.to(gl.int64)
     slot = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest rows first
     sequence, start, rows, first = find_tile(slot, ends_q, batch, TOKENS)
     num_keys = length(ends_k, sequence)
@@ -156,7 +157,7 @@ def _normalise_tile(
     loaded = gl.where(tiles > 0, tiles // 2 * 2 + 1, 0)  # an odd number: see `_take_pairs`
     left = gl.where(works, rows - first, 0)
     heads = gl.num_programs(1) * GROUP
-    q += (start + first).to(gl.int64) * q_row_stride + kv_head * GROUP * q_head_stride
+    q += (start + first).to(gl.int64) * q_row_stride + head * GROUP * q_head_stride
     lse += (start + first).to(gl.int64) * heads + kv_head * GROUP
     row = gl.load(starts_c + sequence)
     ring = gl.allocate_shared_memory(tiles_of.dtype, [STAGES, WINDOWS, D], tiles_of.layout)

@@ -28,6 +28,8 @@ WINDOWS = gl.constexpr(64)
 """Windows that are multiplied at once."""
 COLUMNS = gl.constexpr(128)
 """Queries and heads of a group of warps."""
+BY_BLOCK = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))
+"""Who holds the scores of blocks, `[blocks, tokens]`: the 32 of a warp are stored together."""
 STAGES = {64: 8, 128: 4}
 """Tiles of windows that shared memory holds at a time, by head dim."""
 
@@ -42,6 +44,46 @@ def _sum_group(acc, norm, scale, TOKENS: gl.constexpr, GROUP_PAD: gl.constexpr):
 
 
 @gluon.jit
+def _store_blocks(
+    first, second, window, before, out, left, past, end, columns,
+    INDEX: gl.constexpr, TOKENS: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    BLOCK: gl.constexpr, ALL_VISIBLE: gl.constexpr,
+):  # fmt: skip
+    """Pool two tiles of scores, from `window` on, and store the blocks that lie before `end`.
+
+    `before` and what is returned are those of `score._pool_tile`.
+    """
+    PER: gl.constexpr = BLOCK // STRIDE
+    EXTRA: gl.constexpr = SIZE // STRIDE - 1
+    BLOCKS: gl.constexpr = 2 * WINDOWS // PER
+    by_window: gl.constexpr = gl.BlockedLayout([PER, 1], [32, 1], [1, 4], [0, 1])
+    scores = gl.permute(gl.join(first, second), [2, 0, 1])
+    scores = gl.convert_layout(gl.reshape(scores, [2 * WINDOWS, TOKENS]), by_window)
+    scores = gl.maximum(scores, 0.0)  # not NaN, which would leave places unselected
+    if not ALL_VISIBLE:
+        token = INDEX * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, by_window))
+        visible = num_windows(past + token + 1, SIZE, STRIDE)
+        at = window + gl.arange(0, 2 * WINDOWS, gl.SliceLayout(1, by_window))
+        scores = gl.where(at[:, None] < visible[None, :], scores, float("-inf"))
+    folded = gl.reshape(scores, [BLOCKS, PER, TOKENS])
+    best = gl.convert_layout(gl.max(folded, 1), BY_BLOCK)
+    block = gl.arange(0, BLOCKS, gl.SliceLayout(1, BY_BLOCK))[:, None]
+    token = INDEX * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, BY_BLOCK))[None, :]
+    if EXTRA > 0:
+        nth: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, folded.type.layout))
+        is_late = gl.arange(0, PER, nth)[None, :, None] >= PER - EXTRA
+        late = gl.max(gl.where(is_late, folded, float("-inf")), 1)
+        late = gl.convert_layout(late, BY_BLOCK)
+        source = gl.where(block == BLOCKS - 1, before, late)
+        previous = (block + BLOCKS - 1) % BLOCKS + token * 0
+        best = gl.maximum(best, gl.gather(source, previous, 0))
+        before = late
+    block += window // PER
+    gl.store(out + token * columns + block, best, mask=(token < left) & (block < end))
+    return before
+
+
+@gluon.jit
 def _score_rows(
     q, lse, out, q_rows, ring, full, empty, left, tiles, past, end, heads,
     q_row_stride, q_head_stride, columns, scale,
@@ -52,20 +94,15 @@ def _score_rows(
     """Score the windows for one group's tokens, as group `INDEX` of the program's warps."""
     TOKENS: gl.constexpr = COLUMNS // GROUP_PAD
     LOW: gl.constexpr = min(TOKENS, 8)
-    PER: gl.constexpr = BLOCK // STRIDE
-    EXTRA: gl.constexpr = SIZE // STRIDE - 1
-    BLOCKS: gl.constexpr = 2 * WINDOWS // PER
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     line: gl.constexpr = gl.SliceLayout(0, product)
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    by_window: gl.constexpr = gl.BlockedLayout([PER, 1], [32, 1], [1, 4], [0, 1])
-    by_block: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
 
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, rows))
     token = INDEX * TOKENS + (column // (LOW * GROUP_PAD)) * LOW + column % LOW
     member = (column // LOW) % GROUP_PAD
     inside = (token < left) & (member < GROUP)
-    q_at = (token * q_row_stride + member * q_head_stride)[:, None]
+    q_at = (token * q_row_stride + member.to(gl.int64) * q_head_stride)[:, None]
     q_at = q_at + gl.arange(0, D, gl.SliceLayout(0, rows))[None, :]
     queries = q_rows.index(INDEX)
     queries.store(gl.load(q + q_at, mask=inside[:, None], other=0.0))
@@ -79,19 +116,13 @@ def _score_rows(
     norm = gl.load(lse + token * heads + member, mask=inside, other=float("-inf"))
     norm = gl.where(norm == float("-inf"), float("inf"), norm)
 
-    token = INDEX * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, by_window))
-    visible = num_windows(past + token + 1, SIZE, STRIDE)
-    window = gl.arange(0, 2 * WINDOWS, gl.SliceLayout(1, by_window))
-    block = gl.arange(0, BLOCKS, gl.SliceLayout(1, by_block))[:, None]
-    token = INDEX * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, by_block))[None, :]
-    previous = gl.broadcast((block + BLOCKS - 1) % BLOCKS, token * 0)[0]
-    place = token * columns + block
-    before = gl.full([BLOCKS, TOKENS], float("-inf"), gl.float32, by_block)
     zero = gl.zeros([WINDOWS, COLUMNS], gl.float32, product)
+    before = gl.full([2 * WINDOWS * STRIDE // BLOCK, TOKENS], float("-inf"), gl.float32, BY_BLOCK)
     if tiles > 0:
+        pairs = tiles // 2 * 2
         mbarrier.wait(full.index(0), 0)
         even = warpgroup_mma(ring.index(0), queries, zero, use_acc=False, is_async=True)
-        for i in range(0, tiles - 1, 2):
+        for i in range(0, pairs, 2):
             stage = (i + 1) % STAGES
             mbarrier.wait(full.index(stage), ((i + 1) // STAGES) & 1)
             odd = warpgroup_mma(ring.index(stage), queries, zero, use_acc=False, is_async=True)
@@ -104,25 +135,17 @@ def _score_rows(
             odd = warpgroup_mma_wait(1, deps=[odd])
             mbarrier.arrive(empty.index((i + 1) % STAGES), count=1)
             second = _sum_group(odd, norm, scale, TOKENS, GROUP_PAD)
-            both = gl.permute(gl.join(first, second), [2, 0, 1])
-            both = gl.reshape(both, [2 * WINDOWS, TOKENS])
-            both = gl.convert_layout(both, by_window)
-            if not ALL_VISIBLE:
-                seen = (i * WINDOWS + window)[:, None] < visible[None, :]
-                both = gl.where(seen, both, float("-inf"))
-            folded = gl.reshape(both, [BLOCKS, PER, TOKENS])
-            best = gl.convert_layout(gl.max(folded, 1), by_block)
-            if EXTRA > 0:
-                nth: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, folded.type.layout))
-                is_late = gl.arange(0, PER, nth)[None, :, None] >= PER - EXTRA
-                late = gl.max(gl.where(is_late, folded, float("-inf")), 1)
-                late = gl.convert_layout(late, by_block)
-                source = gl.where(block == BLOCKS - 1, before, late)
-                best = gl.maximum(best, gl.gather(source, previous, 0))
-                before = late
-            at = i * WINDOWS // PER
-            gl.store(out + at + place, best, mask=(token < left) & (at + block < end))
-        warpgroup_mma_wait(0, deps=[even])
+            before = _store_blocks(
+                first, second, i * WINDOWS, before, out, left, past, end, columns, INDEX, TOKENS,
+                SIZE, STRIDE, BLOCK, ALL_VISIBLE,
+            )  # fmt: skip
+        even = warpgroup_mma_wait(0, deps=[even])
+        if pairs < tiles:  # else it was multiplied in vain
+            first = _sum_group(even, norm, scale, TOKENS, GROUP_PAD)
+            _store_blocks(
+                first, first, pairs * WINDOWS, before, out, left, past, end, columns, INDEX, TOKENS,
+                SIZE, STRIDE, BLOCK, ALL_VISIBLE,
+            )  # fmt: skip
 
 
 @gluon.jit(
@@ -140,6 +163,7 @@ def _score_tile(
     TOKENS: gl.constexpr = 2 * COLUMNS // GROUP_PAD
     PER: gl.constexpr = BLOCK // STRIDE
     kv_head = gl.program_id(1)
+    head = kv_head.to(gl.int64)
     slot = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest rows first
     sequence, start, rows, first = find_tile(first_slot + slot, ends_q, batch, TOKENS)
     num_keys = length(ends_k, sequence)
@@ -147,14 +171,14 @@ def _score_tile(
     last = past + gl.minimum(TOKENS, rows - first) - 1
     works = (first < rows) & (num_keys >= dense_len) & (last // BLOCK >= covered)
     end = gl.where(works, gl.maximum(last // BLOCK - local + 1, 0), 0)  # of blocks that compete
-    pairs = (end * PER + 2 * WINDOWS - 1) // (2 * WINDOWS)
-    tiles = gl.where(pairs > 0, 2 * pairs + 1, 0)  # the last is multiplied in vain
+    tiles = (end * PER + WINDOWS - 1) // WINDOWS
+    loaded = gl.where(tiles > 0, tiles // 2 * 2 + 1, 0)  # an odd number: one is ahead of each pair
     heads = gl.num_programs(1) * GROUP
-    q += (start + first).to(gl.int64) * q_row_stride + kv_head * GROUP * q_head_stride
+    q += (start + first).to(gl.int64) * q_row_stride + head * GROUP * q_head_stride
     lse += (start + first).to(gl.int64) * heads + kv_head * GROUP
     columns = columns64 * 64
     line = slot * TOKENS if BY_SLOT else start + first
-    out = scores + (kv_head.to(gl.int64) * lines + line) * columns
+    out = scores + (head * lines + line) * columns
     row = gl.load(starts_c + sequence)
     ring = gl.allocate_shared_memory(tiles_of.dtype, [STAGES, WINDOWS, D], tiles_of.layout)
     q_rows = gl.allocate_shared_memory(tiles_of.dtype, [2, COLUMNS, D], tiles_of.layout)
@@ -176,7 +200,7 @@ def _score_tile(
                 q_row_stride, q_head_stride, columns, scale,
                 1, GROUP, GROUP_PAD, D, SIZE, STRIDE, BLOCK, ALL_VISIBLE, STAGES,
             )),
-            (load_tiles, (tiles_of, row, kv_head * D, tiles, ring, full, empty, STAGES)),
+            (load_tiles, (tiles_of, row, kv_head * D, loaded, ring, full, empty, STAGES)),
         ],
         WORKER_WARPS,
         WORKER_REGISTERS,

@@ -72,7 +72,7 @@ def lse_kernel(
     LANES: tl.constexpr,
 ):
     """Write the LSE of a tile of tokens over one part of the windows; -inf where none is visible."""
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     sequence, start, rows, first = find_tile(slot, ends_q, batch, TOKENS)
     num_keys = length(ends_k, sequence)
@@ -86,7 +86,7 @@ def lse_kernel(
     dims = tl.arange(0, D_PAD)
     inside = (first + token < rows) & (member < GROUP)
     q_at = q + (start + first).to(tl.int64) * q_row_stride + kv_head * GROUP * q_head_stride
-    q_at += (token * q_row_stride + member * q_head_stride)[:, None]
+    q_at += (token * q_row_stride + member.to(tl.int64) * q_head_stride)[:, None]
     if STEP == 0:
         q_mask = inside[:, None] & (dims < D)[None, :]
         queries = tl.load(q_at + dims[None, :], mask=q_mask, other=0.0)

@@ -37,7 +37,7 @@ def pool_kernel(
     BLOCKS: tl.constexpr,
 ):
     """Write `ROWS` lines of `BLOCKS` block scores of one head; -inf without a visible window."""
-    head = tl.program_id(2)
+    head = tl.program_id(2).to(tl.int64)
     slot = tl.program_id(0) // (TILE // ROWS)
     sequence, start, rows, first = find_tile(first_slot + slot, ends_q, batch, TILE)
     part = tl.program_id(0) % (TILE // ROWS) * ROWS
@@ -59,14 +59,14 @@ def pool_kernel(
         begin = tl.where(reach >= 0, reach // STRIDE + 1, 0)
         end = tl.cdiv((block + 1) * BLOCK, STRIDE)
         COUNT: tl.constexpr = (BLOCK + SIZE) // STRIDE + 1
-    at = scores + head.to(tl.int64) * score_head_stride + (line * score_line_stride)[:, None]
+    at = scores + head * score_head_stride + (line * score_line_stride)[:, None]
     best = tl.full([ROWS, BLOCKS], float("-inf"), tl.float32)
     inside = (first + row < rows)[:, None]
     for i in range(COUNT):
         window = (begin + i)[None, :]
         mask = inside & (window < end[None, :]) & (window < visible[:, None])
         best = tl.maximum(best, tl.load(at + window, mask=mask, other=float("-inf")))
-    out = pooled + (head.to(tl.int64) * lines + line)[:, None] * pooled_line_stride + block[None, :]
+    out = pooled + (head * lines + line)[:, None] * pooled_line_stride + block[None, :]
     tl.store(out, best, mask=inside & (block < blocks)[None, :])
 
 

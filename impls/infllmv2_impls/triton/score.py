@@ -135,7 +135,7 @@ def score_kernel(
     STEP: tl.constexpr,
 ):
     """Write the scores of a tile of tokens, of windows or `POOLED` of blocks that compete."""
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     sequence, start, rows, first = find_tile(first_slot + slot, ends_q, batch, TOKENS)
     num_keys = length(ends_k, sequence)
@@ -151,7 +151,7 @@ def score_kernel(
     dims = tl.arange(0, D_PAD)
     inside = (of_token < rows - first) & (member < GROUP)
     q_at = q + (start + first).to(tl.int64) * q_row_stride + kv_head * GROUP * q_head_stride
-    q_at += of_token * q_row_stride + member * q_head_stride
+    q_at += of_token * q_row_stride + member.to(tl.int64) * q_head_stride
     if STEP == 0:
         q_mask = inside[:, None] & (dims < D)[None, :]
         queries = tl.trans(tl.load(q_at[:, None] + dims[None, :], mask=q_mask, other=0.0))
@@ -164,7 +164,7 @@ def score_kernel(
     count = num_windows(num_keys, SIZE, STRIDE)
     columns = columns64 * 64
     line = slot * TOKENS if BY_SLOT else start + first
-    out = scores + (kv_head.to(tl.int64) * lines + line) * columns
+    out = scores + (kv_head * lines + line) * columns
     c_at = windows + tl.load(starts_c + sequence).to(tl.int64) * C_ROW + kv_head * c_head_stride
     if POOLED:
         PER: tl.constexpr = BLOCK // STRIDE
@@ -193,6 +193,8 @@ def score_kernel(
             else:
                 keys = tl.load(keys_at, mask=(dims < D)[None, :], other=0.0)
             tile = _sum_group(tl.dot(keys, queries) * scale - norm, GROUP_PAD)
+            if POOLED:
+                tile = tl.maximum(tile, 0.0)  # not NaN, which would leave places unselected
             if not ALL_VISIBLE:
                 tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
             tile, before = _pool_tile(tile, before, PER, EXTRA)
@@ -208,6 +210,8 @@ def score_kernel(
         else:
             logits = product_in_steps(keys_at, q_at[None, :], exists, inside[None, :], D, STEP)
         tile = _sum_group(logits * scale - norm, GROUP_PAD)
+        if POOLED:
+            tile = tl.maximum(tile, 0.0)
         tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
         tile, before = _pool_tile(tile, before, PER, EXTRA)
         mask = (token < rows - first) & (c >= begin)

@@ -45,28 +45,15 @@ def _load_scores(at, block, last, init, PADDED: tl.constexpr):
         scores = tl.where(competes, scores, float("-inf"))
     else:
         scores = tl.load(at + block, mask=competes, other=float("-inf"))
+        scores = tl.where(scores == scores, scores, float("-inf"))  # not NaN
     return scores
 
 
 @triton.jit
-def _count_above(
-    at,
-    scores,
-    bound,
-    last,
-    furthest,
-    init,
-    PADDED: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """Count the scores of every row above `bound`; the first ones are at hand in `scores`."""
-    WIDTH: tl.constexpr = scores.shape[1]
-    count = tl.sum((scores > bound[:, None]).to(tl.int32), axis=1)
-    if LONG:
-        for begin in range(WIDTH, furthest + 1, WIDTH):
-            more = _load_scores(at, begin + tl.arange(0, WIDTH)[None, :], last, init, PADDED)
-            count += tl.sum((more > bound[:, None]).to(tl.int32), axis=1)
-    return count
+def _count(scores, bound):
+    """Count the scores of every row above a finite bound, by the sign of the difference."""
+    sign = (bound[:, None] - scores).to(tl.uint32, bitcast=True) >> 31
+    return tl.sum(sign.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -82,8 +69,8 @@ def _find_floor(
 ):
     """Return per row a score, and how many blocks with that very score are chosen.
 
-    Those above it are chosen, too, and make up the rest of `wanted`. Where there are no more blocks
-    than wanted, both mean nothing.
+    Those above it are chosen, too, and make up the rest of `wanted`. Where no more blocks compete
+    than are wanted, both mean nothing.
 
     Args:
         at: pointers to the rows' scores, `[ROWS, 1]`.
@@ -95,36 +82,44 @@ def _find_floor(
         WIDTH: the blocks that are held in registers.
         LONG: whether `furthest` may be `WIDTH` or more; the other scores are loaded again and again.
     """
-    block = tl.arange(0, WIDTH)[None, :]
-    scores = _load_scores(at, block, last, init, PADDED)
-    competes = (block >= init) & (block <= last[:, None])
+    none: tl.constexpr = float("-inf")
+    scores = _load_scores(at, tl.arange(0, WIDTH)[None, :], last, init, PADDED)
+    is_real = scores > none
     highest = tl.max(scores, axis=1)
-    lowest = tl.min(tl.where(competes, scores, float("inf")), axis=1)
+    lowest = tl.min(tl.where(is_real, scores, float("inf")), axis=1)
+    above_low = tl.sum(is_real.to(tl.int32), axis=1)
     if LONG:
         for begin in range(WIDTH, furthest + 1, WIDTH):
             block = begin + tl.arange(0, WIDTH)[None, :]
             more = _load_scores(at, block, last, init, PADDED)
+            is_real = more > none
             highest = tl.maximum(highest, tl.max(more, axis=1))
-            more = tl.where(block <= last[:, None], more, float("inf"))
-            lowest = tl.minimum(lowest, tl.min(more, axis=1))
-    # Above `low` are `above_low` >= wanted scores, above `high` are `above_high` < wanted.
+            lowest = tl.minimum(lowest, tl.min(tl.where(is_real, more, float("inf")), axis=1))
+            above_low += tl.sum(is_real.to(tl.int32), axis=1)
+    # Above `low` lie `above_low` >= wanted scores, above `high` lie `above_high` < wanted. If there
+    # are not so many real scores, those of -inf make up for the rest.
     low = _order(lowest) - 1
     high = _order(highest)
-    above_low = last - init + 1
     above_high = wanted * 0
-    searching = (above_low > wanted) & (high - 1 > low)
+    searching = (above_low > wanted) & (wanted > 0) & (high - 1 > low)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        count = _count_above(at, scores, _value(middle), last, furthest, init, PADDED, LONG)
+        bound = _value(middle)
+        count = _count(scores, bound)
+        if LONG:
+            for begin in range(WIDTH, furthest + 1, WIDTH):
+                block = begin + tl.arange(0, WIDTH)[None, :]
+                count += _count(_load_scores(at, block, last, init, PADDED), bound)
         enough = searching & (count >= wanted)
         short = searching & (count < wanted)
         low = tl.where(enough, middle, low)
         above_low = tl.where(enough, count, above_low)
         high = tl.where(short, middle, high)
         above_high = tl.where(short, count, above_high)
-        searching = (above_low > wanted) & (high - 1 > low)
-    tied = above_low > wanted
-    return _value(tl.where(tied, high, low)), tl.where(tied, wanted - above_high, 0)
+        searching = searching & (above_low > wanted) & (high - 1 > low)
+    is_tied = above_low > wanted
+    floor = tl.where(is_tied, _value(high), tl.where(above_low < wanted, none, _value(low)))
+    return floor, tl.where(is_tied, wanted - above_high, tl.maximum(wanted - above_low, 0))
 
 
 @triton.jit
@@ -160,6 +155,7 @@ def _store_any(
     is_all,
     place,
     init,
+    PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -168,7 +164,7 @@ def _store_any(
     for begin in range(0, furthest + 1, CHUNK):
         block = begin + tl.arange(0, CHUNK)[None, :]
         competes = (block >= init) & (block <= last[:, None])
-        scores = tl.load(at + block, mask=competes, other=float("-inf"))
+        scores = _load_scores(at, block, last, init, PADDED)
         above = competes & (is_all[:, None] | (scores > floor[:, None]))
         level = competes & (scores == floor[:, None]) & (ties > 0)[:, None]
         both = (above.to(tl.int32) << 16) + level.to(tl.int32)
@@ -247,10 +243,13 @@ def topk_kernel(
         else:
             floor, ties = _find_floor(at, last, furthest, wanted, init, BY_SLOT, WIDTH, LONG)
         is_all = competing <= wanted
+        ties = tl.where(is_all, 0, ties)
         if tl.max((is_all | (ties > 0)).to(tl.int32), axis=0) == 0:
             _store_above(at, out, last, furthest, floor, num_init, init, BY_SLOT, ROWS, CHUNK)
         else:
-            _store_any(at, out, last, furthest, floor, ties, is_all, num_init, init, ROWS, CHUNK)
+            _store_any(
+                at, out, last, furthest, floor, ties, is_all, num_init, init, BY_SLOT, ROWS, CHUNK
+            )
 
 
 def write_selection(
@@ -295,4 +294,5 @@ def write_selection(
             LONG=tile.is_long,
             CHUNK=tile.chunk,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
         )

@@ -98,6 +98,7 @@ class TopkTile:
         is_long: whether rows may have more blocks.
         chunk: blocks of one step of the scan.
         warps: warps of a program.
+        registers: the most of a thread, so that more programs share a multiprocessor.
     """
 
     rows: int
@@ -105,6 +106,7 @@ class TopkTile:
     is_long: bool
     chunk: int
     warps: int
+    registers: int | None = None
 
 
 def topk_tile(blocks: int, tokens: int) -> TopkTile:
@@ -120,7 +122,7 @@ def topk_tile(blocks: int, tokens: int) -> TopkTile:
         return TopkTile(min(tokens, 64), held, held < width, 64, 1)
     held = min(width, 16384)
     warps = max(held // 2048, 1)
-    return TopkTile(1, held, held < width, min(256 * warps, held), warps)
+    return TopkTile(1, held, held < width, min(256 * warps, held), warps, 96)
 
 
 def stage_tile(max_seqlen_q: int) -> int:
