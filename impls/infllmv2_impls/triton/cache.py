@@ -20,6 +20,7 @@ from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_windows as num_windows_of
 from infllmv2_reference.layout import cu_seqlens_of
 
+from .compress import average
 from .device import launching_on, unit_stride
 from .sequences import find_tile, length, num_slots, num_windows
 from .tuning import append_tile, compress_tile, padded_dim
@@ -188,16 +189,10 @@ def append_windows_kernel(
     if first >= end:
         return
     window = first + tl.arange(0, WINDOWS)
-    token = tl.arange(0, AT_ONCE)[None, :, None]
+    row = sequence * capacity + window.to(tl.int64) * STRIDE
+    at = keys + row * WIDTH + tl.program_id(2) * D
+    mean = average(at, window < end, WIDTH, D, D_PAD, SIZE, AT_ONCE)
     dims = tl.arange(0, D_PAD)
-    exists = (window < end)[:, None, None] & (dims < D)[None, None, :]
-    row = sequence * capacity + (window * STRIDE)[:, None, None] + token
-    at = keys + row * WIDTH + tl.program_id(2) * D + dims[None, None, :]
-    total = tl.zeros([WINDOWS, AT_ONCE, D_PAD], tl.float32)
-    for i in range(0, SIZE, AT_ONCE):
-        some = tl.load(at + i * WIDTH, mask=exists & (i + token < SIZE), other=0.0)
-        total += some.to(tl.float32)
-    mean = tl.sum(total, axis=1) / SIZE
     line = sequence * most + window
     out = windows + line[:, None] * WIDTH + tl.program_id(2) * D + dims[None, :]
     mask = (window < end)[:, None] & (dims < D)[None, :]

@@ -70,7 +70,7 @@ class TritonImplementation:
     ) -> tuple[Tensor, Tensor]:
         """Mean-pool keys `[total_k, HK, D]` into windows `[rows, HK, D]`; add `cu_seqlens_c`.
 
-        There are `total_k // kernel_stride` rows; those behind the last window are 0.
+        There are `total_k // kernel_stride` rows; those behind the last window are not written.
         """
         sizes = (max_seqlen_k, kernel_size, kernel_stride)
         checks.check_compress(k, cu_seqlens_k, *sizes, dtypes=DTYPES, values=False)

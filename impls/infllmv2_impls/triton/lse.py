@@ -18,7 +18,6 @@ from torch import Tensor
 
 from infllmv2_reference.geometry import num_windows as num_windows_of
 
-from . import hopper_lse, hopper_windows
 from .device import launching_on
 from .packing import Lengths, Windows
 from .product import product_in_steps
@@ -157,12 +156,7 @@ def window_lse(
     parts = num_parts(slots * num_kv_heads, -(-most // tile.windows))
     lse = torch.empty((parts, total_q, num_heads), dtype=torch.float32, device=q.device)
     scale = LOG2_E * head_dim**-0.5
-    is_full = tile.tokens * triton.next_power_of_2(group) == 128 and parts == 1
-    if slots and is_full and hopper_windows.applies(q, windows.means):
-        with launching_on(q):
-            limits = (block_size, covered, dense_len)
-            hopper_lse.write_lse(q, windows, lse, lengths, slots, scale, *limits)
-    elif slots:
+    if slots:
         with launching_on(q):
             lse_kernel[slots, num_kv_heads, parts](
                 q,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from infllmv2_reference.config import SparseConfig
 
-from . import hopper_score, hopper_windows
 from .device import launching_on
 from .lse import LOG2_E
 from .packing import Lengths, Lines, Windows
@@ -276,13 +275,6 @@ def write_scores(
         return
     scale = LOG2_E * head_dim**-0.5
     all_visible = pooled and _competing_are_visible(config)
-    is_full = tile.tokens * triton.next_power_of_2(group) == 256 and grid[2] == lse.shape[0] == 1
-    if pooled and is_full and hopper_windows.applies(q, windows.means):
-        with launching_on(q):
-            hopper_score.write_scores(
-                q, windows, lse, lengths, config, lines, scale, all_visible, covered, dense_len
-            )
-        return
     with launching_on(q):
         score_kernel[grid](
             q,

@@ -24,7 +24,7 @@ COLUMNS = 64
 def score_windows(
     q: Tensor, c1: Windows, c2: Windows, lengths: Lengths, config: SparseConfig
 ) -> Tensor:
-    """Return the scores of windows, float32 `[HK, total_q, C]`; nothing at invisible ones."""
+    """Return the scores of windows, float32 `[HK, total_q, C]`."""
     tile = _tile(q, c1, lengths)
     scores = _packed(q, c1.means.shape[1], lengths.most_windows(config), tile, lengths)
     lse = _normaliser(q, c1, c2, lengths, config)
@@ -80,32 +80,38 @@ def select(
     selected = _unwritten(num_heads, total_q, config, q.device)
     tile = _tile(q, c1, lengths)
     is_pooled = can_pool(config, tile)
+    blocks = padded(lengths.most_blocks(config))
+    windows = 0 if is_pooled else padded(lengths.most_windows(config))
     limits = {"covered": config.budget, "dense_len": config.dense_len}
     lse = _normaliser(q, c1, c2, lengths, config, **limits)
-    blocks = padded(lengths.most_blocks(config))
-    columns = blocks if is_pooled else blocks + padded(lengths.most_windows(config))
     slots = num_slots(total_q, lengths.batch, tile.tokens)
-    line_bytes = 4 * num_heads * tile.tokens * columns
+    line_bytes = 4 * num_heads * tile.tokens * (blocks + windows)
     step = min(max(SCRATCH_BYTES // max(line_bytes, 1), 1), slots)
-    scratch = torch.empty(step * line_bytes // 4, dtype=torch.float32, device=q.device)
+    scratch = [
+        torch.empty(step * num_heads * tile.tokens * columns, dtype=torch.float32, device=q.device)
+        for columns in (blocks, windows)
+    ]
     for first in range(0, slots, max(step, 1)):
         count = min(step, slots - first)
-        size = num_heads * count * tile.tokens
-
-        def lines(start: int, columns: int, first: int = first, count: int = count) -> Lines:
-            shape = (num_heads, count * tile.tokens, columns)
-            part = scratch[start : start + shape[0] * shape[1] * columns].view(shape)
-            return Lines(part, tile.tokens, count, first, by_slot=True)
-
-        pooled = lines(0, blocks)
-        if is_pooled:
-            write_scores(q, c1, lse, lengths, config, tile, pooled, pooled=True, **limits)
-        else:
-            scores = lines(size * blocks, columns - blocks)
-            write_scores(q, c1, lse, lengths, config, tile, scores, pooled=False, **limits)
+        pooled, scores = (
+            _by_slot(x, num_heads, columns, tile, first, count)
+            for x, columns in zip(scratch, (blocks, windows), strict=True)
+        )
+        target = pooled if is_pooled else scores
+        write_scores(q, c1, lse, lengths, config, tile, target, pooled=is_pooled, **limits)
+        if not is_pooled:
             pool_scores(scores, pooled, lengths, config, config.dense_len)
         write_selection(pooled, selected, lengths, config, config.dense_len)
     return selected
+
+
+def _by_slot(
+    scratch: Tensor, num_heads: int, columns: int, tile: Tile, first: int, count: int
+) -> Lines:
+    """Return lines for `count` slots from `first` on, in scratch memory."""
+    shape = (num_heads, count * tile.tokens, columns)
+    data = scratch[: shape[0] * shape[1] * columns].view(shape)
+    return Lines(data, tile.tokens, count, first, by_slot=True)
 
 
 def _normaliser(
@@ -127,9 +133,9 @@ def _tile(q: Tensor, c1: Windows, lengths: Lengths) -> Tile:
 
 
 def _packed(q: Tensor, num_heads: int, columns: int, tile: Tile, lengths: Lengths) -> Lines:
-    """Return lines for all queries, as the contract wants them."""
+    """Return lines for all queries, as the contract wants them: -inf until written."""
     shape = (num_heads, q.shape[0], padded(columns))
-    data = torch.empty(shape, dtype=torch.float32, device=q.device)
+    data = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     return Lines(data, tile.tokens, num_slots(q.shape[0], lengths.batch, tile.tokens))
 
 
