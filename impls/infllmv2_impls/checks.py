@@ -3,8 +3,8 @@
 Every error names the argument, what it must be and what it was. Types and dtypes that are wrong
 raise TypeError; shapes, devices and values ValueError.
 
-With `values=False` nothing is read from a device: lengths, windows and selections are trusted, and a
-number of rows is compared with other tensors, not with `cu_seqlens`.
+With `values=False` nothing is read from a device: lengths, windows and selections are trusted, and
+a number of rows is compared with other tensors, not with `cu_seqlens`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def check_attend_form(
     block_size: int,
     dtypes: Dtypes = FLOATS,
 ) -> None:
-    """Check the arguments of `attend` without looking at values, for which a GPU would have to wait."""
+    """Check the arguments of `attend` without its values, for which one would wait for a GPU."""
     check_count("block_size", block_size, 1)
     check_count("max_seqlen_q", max_seqlen_q)
     check_count("max_seqlen_k", max_seqlen_k)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -99,7 +100,9 @@ def _specialise(
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         special = not parameter.do_not_specialize
-        aligned = special and (isinstance(value, Tensor) or (type(value) is int and value % 16 == 0))
+        aligned = special and (
+            isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        )
         if parameter.is_constexpr or (special and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
@@ -112,3 +115,22 @@ def _specialise(
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def selection_at(length: int, dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """Launch what compresses and selects in a prefill of so many tokens, with two kv heads."""
+    from infllmv2_impls.triton import compress, select
+    from infllmv2_impls.triton.packing import Lengths, Windows
+    from infllmv2_reference.config import SparseConfig
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    config, ends = SparseConfig(), new(2, of=torch.int32)
+    k = new(length, 2, head_dim)
+    kinds: list[Windows] = []
+    for size, stride in ((32, 16), (128, 64)):
+        means, _ = compress.compress_keys(k, ends, size, stride)
+        kinds.append(Windows(means, ends, size, stride))
+    lengths = Lengths(ends, ends, length, length)
+    select.select(new(length, 2 * group, head_dim), *kinds, lengths, config)

@@ -1,8 +1,9 @@
 """The contract in Triton: for CUDA devices of compute capability 8.0 and newer, tuned on 9.0.
 
-Nothing in a call waits for the device: grids follow from shapes, and every program finds its sequence
-by itself. So calls can be captured in CUDA graphs, and `ops` offers the stages to `torch.compile`.
-With TRITON_INTERPRET=1, set before Python starts, the same kernels run on a CPU, slowly.
+Nothing in a call waits for the device: grids follow from shapes, and every program finds its
+sequence by itself. So calls can be captured in CUDA graphs, and `ops` offers the stages to
+`torch.compile`. With TRITON_INTERPRET=1, set before Python starts, the same kernels run on a CPU,
+slowly.
 """
 
 from .implementation import TritonImplementation

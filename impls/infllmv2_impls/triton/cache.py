@@ -1,10 +1,10 @@
 """Stage 7: keys, values and windows of all sequences in memory of a fixed size, and their lengths.
 
-Lengths lie on the device, where `append` moves them on, so that neither it nor decoding waits for it,
-and a step of both can be captured in a CUDA graph.
+Lengths lie on the device, where `append` moves them on, so that neither it nor decoding waits for
+it, and a step of both can be captured in a CUDA graph.
 
-Sequence i has the rows from `i * capacity` on. As a packed batch, that is two sequences for each one:
-its tokens, and the free room behind them, of which nobody asks.
+Sequence i has the rows from `i * capacity` on. As a packed batch, that is two sequences for each
+one: its tokens, and the free room behind them, of which nobody asks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class TritonCache:
         self.lengths.add_(cu_seqlens.diff())
 
     def packing(self, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `cu_seqlens_q` and `cu_seqlens_k` of the batch with room as sequences of their own.
+        """Return `cu_seqlens_q` and `cu_seqlens_k` of the batch, its room as further sequences.
 
         Each sequence of tokens is followed by its free room, which has keys and no queries.
         """
@@ -180,7 +180,7 @@ def append_windows_kernel(
     WINDOWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Average a tile of the windows that new tokens complete; `most` is what a sequence can hold."""
+    """Average a tile of the windows that new tokens complete; a sequence can hold `most`."""
     sequence = tl.program_id(0).to(tl.int64)
     before = tl.load(lengths + sequence)
     after = tl.minimum(before + length(ends, sequence), capacity)

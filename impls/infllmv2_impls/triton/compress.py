@@ -14,7 +14,7 @@ from .tuning import compress_tile, padded_dim
 
 @triton.jit
 def _count_windows(ends_k, first, end, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """Return the windows of the sequences from `first` on, up to 128 of them, and not from `end`."""
+    """Return the windows of 128 sequences from `first` on; none of those from `end` on."""
     sequence = first + tl.arange(0, 128)
     valid = sequence < end
     start = tl.load(ends_k + sequence, mask=valid, other=0)

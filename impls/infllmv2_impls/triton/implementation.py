@@ -164,7 +164,7 @@ class TritonImplementation:
         max_seqlen_k: int,
         config: SparseConfig,
     ) -> Tensor:
-        """Score, pool and select, with scratch memory of a bounded size: int32 `[HK, total_q, K]`."""
+        """Score, pool and select, in scratch memory of a bounded size: int32 `[HK, total_q, K]`."""
         lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_c1, cu_seqlens_c2)
         bounds = (max_seqlen_q, max_seqlen_k)
         return _score(ops.select_by_windows, q, k_c1, k_c2, *lengths, *bounds, config)
@@ -300,6 +300,6 @@ def _check_heads(q: Tensor, num_kv_heads: int) -> None:
         raise ValueError(f"q must have a head dim of at most {MOST_CHANNELS}, not {q.shape[2]}")
     if q.shape[1] // num_kv_heads > MOST_HEADS:
         raise ValueError(
-            f"q must have at most {MOST_HEADS} heads for each of the {num_kv_heads} key/value heads, "
+            f"q must have at most {MOST_HEADS} heads for each of {num_kv_heads} key/value heads, "
             f"but it has {q.shape[1]}"
         )

@@ -1,8 +1,8 @@
 """The normaliser of stage 2: per query and head, the logsumexp of its logits over visible windows.
 
 A program holds the queries of a few tokens and all heads of their group as rows, and walks over the
-windows with a running maximum and sum. Each of the `LANES` columns of a tensor core's accumulator has
-its own: a thread then never asks another for a maximum, and they are put together once at the end.
+windows with a running maximum and sum. Each of the `LANES` columns of a tensor core's accumulator
+has its own: a thread then never asks another for a maximum, and they are put together at the end.
 
 Logarithms are to the base 2, with `scale * log2(e)` folded into the logits.
 """
@@ -22,7 +22,7 @@ from .device import launching_on
 from .packing import Lengths, Windows
 from .product import product_in_steps
 from .sequences import find_tile, length, num_slots, num_windows, share
-from .tuning import padded_dim, lse_tile, num_parts
+from .tuning import lse_tile, num_parts, padded_dim
 
 LANES = 8
 LOG2_E = math.log2(math.e)
@@ -70,7 +70,7 @@ def lse_kernel(
     STEP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Write the LSE of a tile of tokens over one part of the windows; -inf where none is visible."""
+    """Write the LSE of a tile of tokens over a part of the windows; -inf where none is visible."""
     kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     sequence, start, rows, first = find_tile(slot, ends_q, batch, TOKENS)

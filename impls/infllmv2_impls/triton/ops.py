@@ -1,7 +1,7 @@
-"""The stages as torch operators, `torch.ops.infllmv2_triton.*`: for `torch.compile` and CUDA graphs.
+"""The stages as torch operators, `torch.ops.infllmv2_triton.*`, for `torch.compile`.
 
-None of them looks at the values of a tensor on the host. Operators take numbers, so a config travels
-as a list of them. In `select` its `dense_len` holds: shorter sequences get -1.
+None of them looks at the values of a tensor on the host. Operators take numbers, so a config
+travels as a list of them. In `select` its `dense_len` holds: shorter sequences get -1.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Stages 2 and 3: scores of windows, summed over the heads of a group, and pooled into blocks.
 
-A program holds the queries of a few tokens and all heads of their group, and walks over the windows.
-It computes the product transposed, windows by queries: an accumulator of the tensor core then has
-all heads of a token in one thread, so that the sum over the group costs no exchange between threads,
-and only one number per window and token is left to mask, to pool and to store.
+A program holds the queries of a few tokens and all heads of their group, and walks over the
+windows. It computes the product transposed, windows by queries: an accumulator of the tensor core
+then has all heads of a token in one thread, so that the sum over the group costs no exchange
+between threads, and only one number per window and token is left to mask, to pool and to store.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,7 @@ from .lse import LOG2_E
 from .packing import Lengths, Lines, Windows
 from .product import product_in_steps
 from .sequences import find_tile, length, num_windows, share
-from .tuning import padded_dim, Tile, num_parts
+from .tuning import Tile, num_parts, padded_dim
 
 
 @triton.jit
@@ -193,7 +192,7 @@ def score_kernel(
                 keys = tl.load(keys_at, mask=(dims < D)[None, :], other=0.0)
             tile = _sum_group(tl.dot(keys, queries) * scale - norm, GROUP_PAD)
             if POOLED:
-                tile = tl.maximum(tile, 0.0)  # not NaN, which would leave places unselected
+                tile = tl.where(tile >= 0.0, tile, 0.0)  # NaN would leave places unselected
             if not ALL_VISIBLE:
                 tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
             tile, before = _pool_tile(tile, before, PER, EXTRA)
@@ -210,7 +209,7 @@ def score_kernel(
             logits = product_in_steps(keys_at, q_at[None, :], exists, inside[None, :], D, STEP)
         tile = _sum_group(logits * scale - norm, GROUP_PAD)
         if POOLED:
-            tile = tl.maximum(tile, 0.0)
+            tile = tl.where(tile >= 0.0, tile, 0.0)
         tile = tl.where((c + window)[:, None] < visible[None, :], tile, float("-inf"))
         tile, before = _pool_tile(tile, before, PER, EXTRA)
         mask = (token < rows - first) & (c >= begin)

@@ -75,7 +75,7 @@ def select(
     lengths: Lengths,
     config: SparseConfig,
 ) -> Tensor:
-    """Score, pool and select: int32 `[HK, total_q, K]`, -1 in sequences below `config.dense_len`."""
+    """Score, pool and select: int32 `[HK, total_q, K]`; -1 in sequences below `dense_len`."""
     num_heads, total_q = c1.means.shape[1], q.shape[0]
     selected = _unwritten(num_heads, total_q, config, q.device)
     tile = _tile(q, c1, lengths)
@@ -144,8 +144,6 @@ def padded(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-def _unwritten(
-    num_heads: int, total_q: int, config: SparseConfig, device: torch.device
-) -> Tensor:
+def _unwritten(num_heads: int, total_q: int, config: SparseConfig, device: torch.device) -> Tensor:
     shape = (num_heads, total_q, config.budget)
     return torch.empty(shape, dtype=torch.int32, device=device)

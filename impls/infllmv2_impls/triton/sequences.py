@@ -1,7 +1,7 @@
 """Where a program works: which sequence of a packed batch its tile of rows belongs to.
 
-A grid must be known without a look at lengths, which lie on the device. `num_slots` counts tiles for
-the worst case, and `find_tile` maps a slot to a sequence and a tile of its rows, or to nothing.
+A grid must be known without a look at lengths, which lie on the device. `num_slots` counts tiles
+for the worst case, and `find_tile` maps a slot to a sequence and a tile of its rows, or to nothing.
 """
 
 from __future__ import annotations

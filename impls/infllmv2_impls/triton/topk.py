@@ -1,9 +1,9 @@
 """Stage 4: the forced blocks and the best-scored ones, ascending, without a sort.
 
 A program finds, for each of its rows, the score from which on a block is chosen: a bisection of the
-floats between the least and the highest score, which ends as soon as exactly as many blocks lie above
-as are wanted. Then one scan over the row gives every chosen block its place. Of blocks that tie at the
-end of the budget the first ones are taken.
+floats between the least and the highest score, which ends as soon as exactly as many blocks lie
+above as are wanted. Then one scan over the row gives every chosen block its place. Of blocks that
+tie at the end of the budget the first ones are taken.
 """
 
 from __future__ import annotations
@@ -50,13 +50,6 @@ def _load_scores(at, block, last, init, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _count(scores, bound):
-    """Count the scores of every row above a finite bound, by the sign of the difference."""
-    sign = (bound[:, None] - scores).to(tl.uint32, bitcast=True) >> 31
-    return tl.sum(sign.to(tl.int32), axis=1)
-
-
-@triton.jit
 def _find_floor(
     at,
     last,
@@ -80,7 +73,7 @@ def _find_floor(
         init: initial blocks.
         PADDED: as in `_load_scores`.
         WIDTH: the blocks that are held in registers.
-        LONG: whether `furthest` may be `WIDTH` or more; the other scores are loaded again and again.
+        LONG: whether `furthest` may be `WIDTH` or more; those scores are loaded again and again.
     """
     none: tl.constexpr = float("-inf")
     scores = _load_scores(at, tl.arange(0, WIDTH)[None, :], last, init, PADDED)
@@ -104,12 +97,15 @@ def _find_floor(
     searching = (above_low > wanted) & (wanted > 0) & (high - 1 > low)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        bound = _value(middle)
-        count = _count(scores, bound)
+        bound = (middle ^ ((middle >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)[:, None]
+        # Scores above a finite bound are counted by the sign of the difference.
+        signs = (bound - scores).to(tl.uint32, bitcast=True) >> 31
+        count = tl.sum(signs.to(tl.int32), axis=1)
         if LONG:
             for begin in range(WIDTH, furthest + 1, WIDTH):
                 block = begin + tl.arange(0, WIDTH)[None, :]
-                count += _count(_load_scores(at, block, last, init, PADDED), bound)
+                more = _load_scores(at, block, last, init, PADDED)
+                count += tl.sum((more > bound).to(tl.int32), axis=1)
         enough = searching & (count >= wanted)
         short = searching & (count < wanted)
         low = tl.where(enough, middle, low)
@@ -178,7 +174,7 @@ def _store_any(
         seen = tl.minimum(seen + (total & 0xFFFF), ties)
 
 
-_LENGTHS = ["batch", "total_q", "dense_len", "init", "local", "budget", "first_slot", "lines"]
+_LENGTHS = ["batch", "total_q", "dense_len", "init", "local", "budget", "first_slot"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -194,7 +190,6 @@ def topk_kernel(
     local,
     budget,
     first_slot,
-    lines,
     line_stride,
     head_stride,
     BLOCK: tl.constexpr,
@@ -283,7 +278,6 @@ def write_selection(
             config.local_blocks,
             config.budget,
             scores.first_slot,
-            scores.data.shape[1],
             scores.data.stride(1),
             scores.data.stride(0),
             BLOCK=config.block_size,

@@ -1,8 +1,9 @@
 """Sizes of tiles, warps and stages: a fixed choice for each class of shapes, from measurements.
 
-A class is what a model fixes: the dtype, the padded head dim and the padded group. Lengths enter only
-as "a few queries", so that no new length compiles anything. `docs/performance/notes.md` has the
-measurements. In the interpreter a program costs much and an element little, so tiles are large there.
+A class is what a model fixes: the dtype, the padded head dim and the padded group. Lengths enter
+only as "a few queries", and as powers of two of the most blocks, so that hardly a new length
+compiles anything. `docs/performance/notes.md` has the measurements. In the interpreter a program
+costs much and an element little, so tiles are large there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 import triton
 
 from .device import INTERPRETED
-
 
 PROGRAMS = 264
 """Enough to fill a device: two for each multiprocessor of an H100."""
@@ -119,7 +119,7 @@ def topk_tile(blocks: int, tokens: int) -> TopkTile:
     width = max(triton.next_power_of_2(blocks), 64)
     if INTERPRETED:
         held = min(width, 128)  # so that long rows are tested there
-        return TopkTile(min(tokens, 64), held, held < width, 64, 1)
+        return TopkTile(min(tokens, 256), held, held < width, 64, 1)
     held = min(width, 16384)
     warps = max(held // 2048, 1)
     return TopkTile(1, held, held < width, min(256 * warps, held), warps, 96)
@@ -127,12 +127,12 @@ def topk_tile(blocks: int, tokens: int) -> TopkTile:
 
 def stage_tile(max_seqlen_q: int) -> int:
     """Choose the tokens of a slot for stages that work on stored scores."""
-    return min(64 if INTERPRETED else 8, triton.next_power_of_2(max(max_seqlen_q, 1)))
+    return min(256 if INTERPRETED else 8, triton.next_power_of_2(max(max_seqlen_q, 1)))
 
 
 def pool_tile(tokens: int) -> tuple[int, int]:
-    """Choose rows, which must divide the power of two `tokens`, and blocks of one program of pooling."""
-    return (min(tokens, 64), 64) if INTERPRETED else (min(tokens, 8), 64)
+    """Choose rows and blocks of one program of pooling; rows divide the power of two `tokens`."""
+    return (min(tokens, 256), 64) if INTERPRETED else (min(tokens, 8), 64)
 
 
 def num_parts(programs: int, steps: int) -> int:
