@@ -130,7 +130,7 @@ def check_attend_form(
     block_size: int,
     dtypes: Dtypes = FLOATS,
 ) -> None:
-    """Check the arguments of `attend` without looking at values, for which a GPU would have to wait."""
+    """Check the arguments of `attend`, but no values that lie on the device."""
     check_count("block_size", block_size, 1)
     check_count("max_seqlen_q", max_seqlen_q)
     check_count("max_seqlen_k", max_seqlen_k)
