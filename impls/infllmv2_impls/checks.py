@@ -141,7 +141,7 @@ def check_attend_form(
     block_size: int,
     dtypes: Dtypes = FLOATS,
 ) -> None:
-    """Check the arguments of `attend` without its values, for which one would wait for a GPU."""
+    """Check the arguments of `attend`, but no values that lie on the device."""
     check_count("block_size", block_size, 1)
     check_count("max_seqlen_q", max_seqlen_q)
     check_count("max_seqlen_k", max_seqlen_k)

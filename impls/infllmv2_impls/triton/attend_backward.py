@@ -1,9 +1,10 @@
-"""The backward of `attend` in plain Triton: gradients of queries by tile, of keys and values by piece.
+"""The backward of `attend` in plain Triton: gradients of queries by tile, of keys by piece.
 
 With `P = exp(logit - lse)`, `dP = dO . v` and `delta = dO . out - dlse`: `dV = P dO`,
-`dlogit = P (dP - delta)`, `dQ = scale dlogit K` and `dK = scale dlogit Q`. Two kernels compute P from the LSE
-once each: the tiles of the forward give the gradients of queries, and the readers of a piece
-(`readers.py`) those of its keys and values. Nothing is added atomically, so the bits never differ.
+`dlogit = P (dP - delta)`, `dQ = scale dlogit K` and `dK = scale dlogit Q`. Two kernels compute P
+from the LSE, each for itself: tiles like those of the forward give the gradients of queries, and
+the readers of a piece (`readers.py`) those of its keys and values. Nothing is added atomically, so
+the bits never differ.
 """
 
 from __future__ import annotations
@@ -157,15 +158,15 @@ def _query_gradients(
     heads = tl.num_programs(1) * GROUP
     dim = tl.arange(0, D_PAD)
     row = row.to(tl.int64)
-    at = row * q_row_stride + head * q_head_stride
+    at = row * q_row_stride + head.to(tl.int64) * q_head_stride
     inside = asks[:, None] & (dim < D)[None, :]
     queries = tl.load(q + at[:, None] + dim[None, :], mask=inside, other=0.0)
-    at = row * grad_row_stride + head * grad_head_stride
+    at = row * grad_row_stride + head.to(tl.int64) * grad_head_stride
     grads = tl.load(grad_out + at[:, None] + dim[None, :], mask=inside, other=0.0)
     sums = tl.load(lse2 + row * heads + head, mask=asks, other=float("inf"))
     shift = tl.load(delta + row * heads + head, mask=asks, other=0.0)
-    k += kv_head * k_head_stride
-    v += kv_head * v_head_stride
+    k += kv_head.to(tl.int64) * k_head_stride
+    v += kv_head.to(tl.int64) * v_head_stride
     acc = tl.zeros([TOKENS * HEADS, D_PAD], tl.float32)
     if count > 0:  # the latest piece, as in the forward
         start = tl.load(pieces, mask=~dense, other=count - 1) * PIECE
@@ -193,7 +194,7 @@ def _query_gradients(
 
 @triton.jit
 def find_item(item, items, pairs):
-    """Return the piece, of any head, that an item belongs to; or `pairs` if there is no such item."""
+    """Return the piece, of any head, that an item belongs to, or `pairs` if there is none."""
     low = 0
     high = pairs
     while low < high:
@@ -224,9 +225,9 @@ def _piece_step(
     dim = tl.arange(0, D_PAD)
     inside = asks[:, None] & (dim < D)[None, :]
     wide = row.to(tl.int64)
-    where = wide * q_row_stride + head * q_head_stride
+    where = wide * q_row_stride + head.to(tl.int64) * q_head_stride
     queries = tl.load(q + where[:, None] + dim[None, :], mask=inside, other=0.0)
-    where = wide * grad_row_stride + head * grad_head_stride
+    where = wide * grad_row_stride + head.to(tl.int64) * grad_head_stride
     grads = tl.load(grad_out + where[:, None] + dim[None, :], mask=inside, other=0.0)
     sums = tl.load(lse2 + wide * heads + head, mask=asks, other=float("inf"))
     shift = tl.load(delta + wide * heads + head, mask=asks, other=0.0)
@@ -271,10 +272,26 @@ def _key_gradients(
     high = tl.where(alone, count, tl.minimum(low + item_readers, count))
     rows += begin
     keys = load_piece(
-        k + kv_head * k_head_stride, key_row, 0, k_row_stride, num_keys, D, D_PAD, PIECE, True
+        k + kv_head.to(tl.int64) * k_head_stride,
+        key_row,
+        0,
+        k_row_stride,
+        num_keys,
+        D,
+        D_PAD,
+        PIECE,
+        True,
     )
     values = load_piece(
-        v + kv_head * v_head_stride, key_row, 0, v_row_stride, num_keys, D, D_PAD, PIECE, True
+        v + kv_head.to(tl.int64) * v_head_stride,
+        key_row,
+        0,
+        v_row_stride,
+        num_keys,
+        D,
+        D_PAD,
+        PIECE,
+        True,
     )
     acc_k = tl.zeros([PIECE, D_PAD], tl.float32)
     acc_v = tl.zeros([PIECE, D_PAD], tl.float32)

@@ -1,10 +1,10 @@
 """The forward of `attend` in plain Triton: one program per tile of query tokens and kv head.
 
-The rows of a tile are the heads of its tokens, token by token, so that one matrix product serves all
-of them. It walks over the union of what they selected (`union.py`) with a running softmax in base 2. Rows
-that did not select a piece subtract infinity from its logits: their weights are exactly 0, and no
-element pays for it. Only the latest piece can hold keys after a query; it comes first, and alone is
-masked.
+The rows of a tile are the heads of its tokens, token by token, so that one matrix product serves
+all of them. It walks over the union of what they selected (`union.py`) with a running softmax in
+base 2. Rows that did not select a piece subtract infinity from its logits: their weights are
+exactly 0, and no element pays for it. Only the latest piece can hold keys after a query; it comes
+first, and alone is masked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ STAGES = 3
 """Pieces that are in flight."""
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union, shape: Shape) -> tuple[Tensor, Tensor]:
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, union: Union, shape: Shape
+) -> tuple[Tensor, Tensor]:
     """Attend the pieces of every tile: `out` `[total_q, HQ, D]` and `lse` `[total_q, HQ]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -129,11 +131,11 @@ def _attend_tile(
     asks = (position >= 0) & (head < GROUP)
     head += kv_head * GROUP
     dim = tl.arange(0, D_PAD)
-    at = row.to(tl.int64) * q_row_stride + head * q_head_stride
+    at = row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
     in_q = asks[:, None] & (dim < D)[None, :]
     queries = tl.load(q + at[:, None] + dim[None, :], mask=in_q, other=0.0)
-    k += kv_head * k_head_stride
-    v += kv_head * v_head_stride
+    k += kv_head.to(tl.int64) * k_head_stride
+    v += kv_head.to(tl.int64) * v_head_stride
 
     acc = tl.zeros([TOKENS * HEADS, D_PAD], tl.float32)
     top = tl.full([TOKENS * HEADS], LOWEST, tl.float32)
@@ -159,7 +161,7 @@ def _attend_tile(
 
     some = tl.where(total > 0, total, 1.0)
     acc /= some[:, None]
-    at = row.to(tl.int64) * out_row_stride + head * out_head_stride
+    at = row.to(tl.int64) * out_row_stride + head.to(tl.int64) * out_head_stride
     tl.store(out + at[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=in_q)
     sums = (top + tl.log2(some)) * LN2
     sums = tl.where(total > 0, sums, float("-inf"))

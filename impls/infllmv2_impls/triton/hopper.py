@@ -1,9 +1,9 @@
 """What the kernels for Hopper GPUs share: when they apply, how they see tensors, and their ring.
 
-They are written in Gluon, which ships with Triton. A program has two groups of four warps that multiply and
-one warp that loads: it fills a ring of shared memory with the copy engine, and the groups wait for
-its stages and release them. The groups run apart from each other, so that one takes exponentials while
-the other multiplies.
+They are written in Gluon, which ships with Triton. A program has two or three groups of four warps
+that multiply and one warp that loads: it fills a ring of shared memory with the copy engine, and
+the groups wait for its stages and release them. The groups run apart from each other, so that one
+takes exponentials while another multiplies.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = gl.constexpr(64)
 """Rows that a group of warps multiplies at once."""
-TILE_ROWS = 128
-"""Rows of a tile, for two groups of warps."""
-WORKER_WARPS = gl.constexpr([4, 1])
-"""Warps of the second group and of the loader; the first group is the kernel itself."""
-WORKER_REGISTERS = gl.constexpr([240, 24])
+FORWARD_ROWS = 192
+"""Rows of a tile in the forward, for three groups of warps."""
+BACKWARD_ROWS = 128
+"""Rows of a tile in the backward, for two groups: they need more registers."""
 
 HEAD_DIMS = (64, 128)
 GROUPS = (8, 16, 32)
@@ -50,7 +49,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def boxes(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Describe `[n, heads, D]` to the copy engine as `[n, heads * D]`, in boxes `[rows, columns]`."""
+    """Describe `[n, heads, D]` as `[n, heads * D]` to the copy engine, in `[rows, columns]`."""
     heads, dim = x.shape[1:]
     aligned = x.stride(0) * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
     if not (aligned and x.stride()[1:] == (dim, 1)):
@@ -106,25 +105,40 @@ def load_pieces(
 
 
 @gluon.jit
+def first_open(count, dense, position, first, num_keys, TOKENS: gl.constexpr, PIECE: gl.constexpr):
+    """Return the first piece of a dense tile that the tokens from `position` on attend."""
+    some = (position < num_keys) & (position + TOKENS > first)
+    latest = gl.where(some, position // PIECE, -1)
+    return gl.where(dense != 0, gl.maximum(count - 1 - latest, 0), 0)
+
+
+@gluon.jit
 def next_piece(
-    at, limit, members, shift, mask, dense, empty, STAGES: gl.constexpr
+    at, limit, members, shift, mask, dense, opens, full, empty, STAGES: gl.constexpr
 ):  # fmt: skip
     """Return the first piece from `at` on that this group's tokens attend, and their bits.
 
-    The pieces before it are released. At `limit` the search ends, attended or not: a group that
-    holds a stage must not wait for a piece that needs this very stage.
+    The pieces before it are released, each one after it was loaded: a group that did not see every
+    round of a stage could take one round for another, or be counted twice in one. At `limit` the
+    search ends, attended or not: a group that holds a stage must not wait for a piece that needs
+    this very stage.
     """
-    bits = (gl.load(members + at, mask=dense == 0, other=-1) >> shift) & mask
+    every = gl.where(at >= opens, -1, 0)
+    bits = (gl.load(members + at, mask=dense == 0, other=every) >> shift) & mask
     while (bits == 0) & (at < limit):
+        mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
         mbarrier.arrive(empty.index(at % STAGES), count=1)
         at += 1
-        bits = (gl.load(members + at, mask=dense == 0, other=-1) >> shift) & mask
+        every = gl.where(at >= opens, -1, 0)
+        bits = (gl.load(members + at, mask=dense == 0, other=every) >> shift) & mask
     return at, bits
 
 
 @gluon.jit
 def erase_after(ring, stage, piece, num_keys, layout: gl.constexpr, PIECE: gl.constexpr):
-    """Overwrite what lies behind the end of a sequence by zeros; both groups may do so at once."""
+    """Overwrite what lies behind the end of a sequence by zeros; all groups may do so at once."""
     rows = ring.index(stage)
     key = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, layout))
     rows.store(gl.where((key < num_keys)[:, None], rows.load(layout), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()  # here, so that none is needed where the rows are multiplied

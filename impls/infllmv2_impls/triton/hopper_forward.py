@@ -1,8 +1,8 @@
-"""The forward of `attend` for Hopper GPUs: two groups of warps over one union of pieces.
+"""The forward of `attend` for Hopper GPUs: three groups of warps over one union of pieces.
 
-A tile has 128 rows, 64 for each group: with 16 heads per kv head, four tokens. All eight tokens share what
-is loaded, but a group skips pieces that none of its own tokens attends. While a group's weights of
-one piece are multiplied with the values, it takes the exponentials of the next one.
+A tile has 192 rows, 64 for each group: with 16 heads per kv head, four tokens. All twelve tokens
+share what is loaded, but a group skips pieces that none of its own tokens attends. While a group's
+weights of one piece are multiplied with the values, it takes the exponentials of the next one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .attend_forward import LOG2_E
 from .hopper import (
     ROWS,
-    WORKER_REGISTERS,
-    WORKER_WARPS,
     boxes,
     erase_after,
+    first_open,
     load_pieces,
     next_piece,
     tile_record,
@@ -32,10 +31,12 @@ from .hopper import (
 from .shapes import Shape
 from .union import FIELDS, Union
 
-STAGES = {64: 8, 128: 6}
+STAGES = {64: 8, 128: 5}
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union, shape: Shape) -> tuple[Tensor, Tensor]:
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, union: Union, shape: Shape
+) -> tuple[Tensor, Tensor]:
     """Attend the pieces of every tile: `out` `[total_q, HQ, D]` and `lse` `[total_q, HQ]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -98,7 +99,7 @@ def _attend_rows(
     token = SHIFT + index // GROUP
     asks = (base + token >= first) & (base + token < num_keys)
     head = kv_head * GROUP + index % GROUP
-    at = (row + token).to(gl.int64) * q_row_stride + head * q_head_stride
+    at = (row + token).to(gl.int64) * q_row_stride + head.to(gl.int64) * q_head_stride
     at = at[:, None] + gl.arange(0, D, gl.SliceLayout(0, rows))[None, :]
     queries = q_rows.index(INDEX)
     queries.store(gl.load(q + at, mask=asks[:, None], other=0.0))
@@ -111,9 +112,13 @@ def _attend_rows(
     top = gl.full([ROWS], -3.0e38, gl.float32, line)  # finite, so that differences are
     total = gl.zeros([ROWS], gl.float32, line)
     zero = gl.zeros([ROWS, PIECE], gl.float32, logits_layout)
-    i, bits = next_piece(gl.to_tensor(0), count, members, SHIFT, MASK, dense, empty, STAGES)
+    opens = first_open(count, dense, base + SHIFT, first, num_keys, TOKENS, PIECE)
+    i, bits = next_piece(
+        gl.to_tensor(0), count, members, SHIFT, MASK, dense, opens, full, empty, STAGES
+    )  # fmt: skip
     if i < count:  # the latest piece may hold keys after a query, or end behind the sequence
         stage = i % STAGES
+        held = i
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         keys = k_ring.index(stage).permute((1, 0))
         logits = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
@@ -123,34 +128,41 @@ def _attend_rows(
         logits = gl.where(key[None, :] <= position[:, None], logits, float("-inf"))
         if piece * PIECE + PIECE > num_keys:
             erase_after(v_ring, stage, piece, num_keys, rows, PIECE)
-            fence_async_shared()
         member = ((bits >> bit) & 1) != 0
         weights, top, total, _ = _weigh(logits, top, total, member, scale)
         weights = gl.convert_layout(weights.to(dtype), operand)
         i, bits = next_piece(
-            i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, empty, STAGES
+            i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, opens, full, empty, STAGES
         )  # fmt: skip
+        share = gl.full([ROWS], 1.0, gl.float32, acc_line)
         while i < count:
             ahead = i % STAGES
+            newest = i
             mbarrier.wait(full.index(ahead), (i // STAGES) & 1)
             keys = k_ring.index(ahead).permute((1, 0))
             logits = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
+            acc = acc * share[:, None]  # while the product runs
             acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
             logits = warpgroup_mma_wait(1, deps=[logits])
             member = ((bits >> bit) & 1) != 0
-            new, top, total, share = _weigh(logits, top, total, member, scale)
+            new, top, total, left = _weigh(logits, top, total, member, scale)
             new = gl.convert_layout(new.to(dtype), operand)
-            share = gl.convert_layout(share, acc_line)
+            left = gl.convert_layout(left, acc_line)
             # The search is a loop, across which the assembler does not move the wait: it would
             # put it before the exponentials, which shall overlap with the product.
             i, bits = next_piece(
-                i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, empty, STAGES
+                i + 1, held + STAGES, members, SHIFT, MASK, dense, opens, full, empty, STAGES
             )  # fmt: skip
-            acc, weights, new, share = warpgroup_mma_wait(0, deps=[acc, weights, new, share])
+            acc, weights, new, share = warpgroup_mma_wait(0, deps=[acc, weights, new, left])
             mbarrier.arrive(empty.index(stage), count=1)
-            acc = acc * share[:, None]
+            if bits == 0:  # the search ended early: a stage less is held now
+                i, bits = next_piece(
+                    i, newest + STAGES - 1, members, SHIFT, MASK, dense, opens, full, empty, STAGES
+                )  # fmt: skip
             weights = new
             stage = ahead
+            held = newest
+        acc = acc * share[:, None]
         acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
@@ -185,12 +197,12 @@ def _attend_tile(
     dtype: gl.constexpr = k_boxes.dtype
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, PIECE, D], k_boxes.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, PIECE, D], v_boxes.layout)
-    q_rows = gl.allocate_shared_memory(dtype, [2, ROWS, D], k_boxes.layout)
+    q_rows = gl.allocate_shared_memory(dtype, [3, ROWS, D], k_boxes.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=3)
     heads = gl.num_programs(1) * GROUP
     gl.warp_specialize(
         [
@@ -204,11 +216,16 @@ def _attend_tile(
                 q_row_stride, q_head_stride, heads, scale, q_rows, k_ring, v_ring, full, empty,
                 1, GROUP, D, PIECE, STAGES,
             )),
+            (_attend_rows, (
+                q, out, lse, pieces, members, count, dense, row, base, first, num_keys, kv_head,
+                q_row_stride, q_head_stride, heads, scale, q_rows, k_ring, v_ring, full, empty,
+                2, GROUP, D, PIECE, STAGES,
+            )),
             (load_pieces, (
                 k_boxes, v_boxes, pieces, count, dense, key_row, kv_head, k_ring, v_ring, full,
                 empty, PIECE, D, STAGES,
             )),
         ],
-        WORKER_WARPS,
-        WORKER_REGISTERS,
+        [4, 4, 1],
+        [160, 160, 24],
     )  # fmt: skip

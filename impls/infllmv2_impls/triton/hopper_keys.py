@@ -1,8 +1,8 @@
 """The gradients of keys and values for Hopper GPUs: one program per piece and run of its readers.
 
-The program keeps the keys and values of its piece, and the loader brings the queries and gradients of four
-readers at a time (with 16 heads per kv head): 64 rows, for the two groups of warps in turn. Each
-group sums on its own, in registers; in the end the second hands its sums to the first.
+The program keeps the keys and values of its piece, and the loader brings the queries and gradients
+of four readers at a time (with 16 heads per kv head): 64 rows, for the two groups of warps in turn.
+Each group sums on its own, in registers; in the end the second hands its sums to the first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .attend_backward import sum_items
 from .attend_forward import LOG2_E
-from .hopper import ROWS, WORKER_REGISTERS, WORKER_WARPS, boxes, head_boxes
+from .hopper import ROWS, boxes, head_boxes
 from .readers import PIECE_FIELDS, Readers
 from .shapes import Shape
 
 HALF = gl.constexpr(64)
 """Columns of a box: 128 bytes, so that the rows of a reader stay together in shared memory."""
-STAGES = {64: 8, 128: 5}
+STAGES = {64: 8, 128: 6}
+"""Even, so that a stage always serves the same group, which so sees every round of it."""
 
 
 def key_gradients(
@@ -75,7 +76,7 @@ def key_gradients(
 
 @gluon.jit
 def _find_item(item, items, pairs):
-    """Return the piece, of any head, that an item belongs to; or `pairs` if there is no such item."""
+    """Return the piece, of any head, that an item belongs to, or `pairs` if there is none."""
     low = 0
     high = pairs
     while low < high:
@@ -90,7 +91,7 @@ def _find_item(item, items, pairs):
 @gluon.jit
 def _load_readers(
     k_boxes, v_boxes, q_boxes, grad_boxes, rows, first, dense, low, high, key_row, kv_head, heads,
-    k_piece, v_piece, q_ring, grad_ring, loaded, full, empty,
+    piece, q_ring, grad_ring, loaded, full, empty,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load the piece, then queries and gradients of its readers, as stages become free."""
@@ -101,10 +102,10 @@ def _load_readers(
         for half in gl.static_range(HALVES):
             place = [key_row, kv_head * D + half * HALF]
             tma.async_copy_global_to_shared(
-                k_boxes, place, loaded, k_piece.index(half)
+                k_boxes, place, loaded, piece.index(half)
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                v_boxes, place, loaded, v_piece.index(half)
+                v_boxes, place, loaded, piece.index(HALVES + half)
             )  # fmt: skip
     at = low
     chunk = 0
@@ -131,26 +132,41 @@ def _load_readers(
 
 
 @gluon.jit
+def _reader_rows(rows, first, dense, at, high, GROUP: gl.constexpr, layout: gl.constexpr):
+    """Return the row of `q` of the reader of each of 64 rows, from reader `at` on."""
+    reader = at + gl.arange(0, ROWS, layout) // GROUP
+    row = gl.load(rows + reader, mask=(reader < high) & (dense == 0), other=0)
+    return gl.where(dense != 0, first + reader, row)
+
+
+@gluon.jit
 def _statistics(
-    lse2, delta, rows, first, dense, at, high, heads, head, GROUP: gl.constexpr,
-    layout: gl.constexpr,
+    lse2, delta, row, at, high, heads, head, GROUP: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
     """Return LSE and delta of the rows of readers from `at` on, infinity and 0 behind the last."""
     index = gl.arange(0, ROWS, layout)
-    reader = at + index // GROUP
-    asks = reader < high
-    row = gl.load(rows + reader, mask=asks & (dense == 0), other=0)
-    row = gl.where(dense != 0, first + reader, row)
+    asks = at + index // GROUP < high
     where = row.to(gl.int64) * heads + head + index % GROUP
     sums = gl.load(lse2 + where, mask=asks, other=float("inf"))
-    return sums, gl.load(delta + where, mask=asks, other=0.0), row
+    return sums, gl.load(delta + where, mask=asks, other=0.0)
+
+
+@gluon.jit
+def _product(piece, at, ring, stage, zero, HALVES: gl.constexpr):
+    """Start the product of keys or values with a chunk of rows, over all columns."""
+    x = ring.index(stage * HALVES).permute((1, 0))
+    result = warpgroup_mma(piece.index(at), x, zero, use_acc=False, is_async=True)
+    if HALVES == 2:
+        x = ring.index(stage * HALVES + 1).permute((1, 0))
+        result = warpgroup_mma(piece.index(at + 1), x, result, is_async=True)
+    return result
 
 
 @gluon.jit
 def _hand_over(x, desk, ready, free, turn: gl.constexpr, INDEX: gl.constexpr):
     """Let the second group put its sums on the desk, and the first add them to its own."""
     if INDEX == 1:
-        mbarrier.wait(free, (turn & 1) ^ 1)
+        mbarrier.wait(free, turn & 1)
         desk.store(x)
         mbarrier.arrive(ready, count=1)
     else:
@@ -181,14 +197,14 @@ def _write(
 def _sum_readers(
     lse2, delta, grad_k, grad_v, parts, rows, first, dense, low, high, origin, start, key_row,
     num_keys, kv_head, kv_heads, alone, item, scale, scale2,
-    k_piece, v_piece, q_ring, grad_ring, desk, loaded, full, empty, ready, free,
+    piece, q_ring, grad_ring, desk, loaded, full, empty, ready, free,
     INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PIECE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum over every second chunk of readers, as group `INDEX` of the program's warps."""
     TOKENS: gl.constexpr = ROWS // GROUP
     HALVES: gl.constexpr = D // HALF
-    dtype: gl.constexpr = k_piece.dtype
+    dtype: gl.constexpr = piece.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     column: gl.constexpr = gl.SliceLayout(0, layout)
@@ -200,60 +216,55 @@ def _sum_readers(
     k1 = gl.zeros([PIECE, HALF], gl.float32, layout)
     v0 = gl.zeros([PIECE, HALF], gl.float32, layout)
     v1 = gl.zeros([PIECE, HALF], gl.float32, layout)
+    STEP: gl.constexpr = 2 * TOKENS
     at = low + INDEX * TOKENS
     chunk = gl.to_tensor(INDEX)
-    sums, shift, row = _statistics(
-        lse2, delta, rows, first, dense, at, high, heads, head, GROUP, thin
-    )  # fmt: skip
-    if low < high:
+    # What the next chunk needs is loaded one chunk ahead, and its rows two.
+    row = _reader_rows(rows, first, dense, at, high, GROUP, thin)
+    sums, shift = _statistics(lse2, delta, row, at, high, heads, head, GROUP, thin)
+    next_row = _reader_rows(rows, first, dense, at + STEP, high, GROUP, thin)
+    stage = chunk % STAGES
+    if at < high:
         mbarrier.wait(loaded, 0)
-    while at < high:
-        stage = chunk % STAGES
-        sums_now = gl.convert_layout(sums, column)[None, :]
-        shift_now = gl.convert_layout(shift, column)[None, :]
-        row_now = row
         mbarrier.wait(full.index(stage), (chunk // STAGES) & 1)
-        q0 = q_ring.index(stage * HALVES)
-        q1 = q_ring.index(stage * HALVES + HALVES - 1)
-        grad0 = grad_ring.index(stage * HALVES)
-        grad1 = grad_ring.index(stage * HALVES + HALVES - 1)
-        logits = warpgroup_mma(
-            k_piece.index(0), q0.permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        if HALVES == 2:
-            logits = warpgroup_mma(k_piece.index(1), q1.permute((1, 0)), logits, is_async=True)
-        products = warpgroup_mma(
-            v_piece.index(0), grad0.permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        if HALVES == 2:
-            products = warpgroup_mma(
-                v_piece.index(1), grad1.permute((1, 0)), products, is_async=True
+        logits = _product(piece, 0, q_ring, stage, zero, HALVES)
+        logits = warpgroup_mma_wait(0, deps=[logits])
+        while at < high:
+            products = _product(piece, HALVES, grad_ring, stage, zero, HALVES)
+            sums_now = gl.convert_layout(sums, column)[None, :]
+            weights = gl.exp2(logits * scale2 - sums_now)
+            if at < PIECE:  # only the first readers may lie inside the piece
+                key = start + gl.arange(0, PIECE, gl.SliceLayout(1, layout))
+                position = gl.convert_layout(row, column) - origin
+                weights = gl.where(key[:, None] <= position[None, :], weights, 0.0)
+            rounded = gl.convert_layout(weights.to(dtype), operand)
+            shift_now = gl.convert_layout(shift, column)[None, :]
+            v0 = warpgroup_mma(rounded, grad_ring.index(stage * HALVES), v0, is_async=True)
+            if HALVES == 2:
+                v1 = warpgroup_mma(rounded, grad_ring.index(stage * HALVES + 1), v1, is_async=True)
+            products = warpgroup_mma_wait(HALVES, deps=[products])
+            slope = gl.convert_layout((weights * (products - shift_now)).to(dtype), operand)
+            k0 = warpgroup_mma(slope, q_ring.index(stage * HALVES), k0, is_async=True)
+            if HALVES == 2:
+                k1 = warpgroup_mma(slope, q_ring.index(stage * HALVES + 1), k1, is_async=True)
+            row = next_row
+            sums, shift = _statistics(
+                lse2, delta, row, at + STEP, high, heads, head, GROUP, thin
+            )  # fmt: skip
+            next_row = _reader_rows(rows, first, dense, at + 2 * STEP, high, GROUP, thin)
+            at += STEP
+            chunk += gl.where(at < high, 2, 0)
+            following = chunk % STAGES
+            mbarrier.wait(full.index(following), (chunk // STAGES) & 1)
+            logits = _product(piece, 0, q_ring, following, zero, HALVES)
+            logits, k0, k1, v0, v1, rounded, slope = warpgroup_mma_wait(
+                0, deps=[logits, k0, k1, v0, v1, rounded, slope]
             )
-        sums, shift, row = _statistics(
-            lse2, delta, rows, first, dense, at + 2 * TOKENS, high, heads, head, GROUP, thin
-        )
-        logits = warpgroup_mma_wait(HALVES, deps=[logits])
-        weights = gl.exp2(logits * scale2 - sums_now)
-        if at < PIECE:  # only the first readers may lie inside the piece
-            key = start + gl.arange(0, PIECE, gl.SliceLayout(1, layout))
-            position = gl.convert_layout(row_now, column) - origin
-            weights = gl.where(key[:, None] <= position[None, :], weights, 0.0)
-        rounded = gl.convert_layout(weights.to(dtype), operand)
-        v0 = warpgroup_mma(rounded, grad0, v0, is_async=True)
-        if HALVES == 2:
-            v1 = warpgroup_mma(rounded, grad1, v1, is_async=True)
-        products = warpgroup_mma_wait(HALVES, deps=[products])
-        slope = gl.convert_layout((weights * (products - shift_now)).to(dtype), operand)
-        k0 = warpgroup_mma(slope, q0, k0, is_async=True)
-        if HALVES == 2:
-            k1 = warpgroup_mma(slope, q1, k1, is_async=True)
-        k0, k1, v0, v1, rounded, slope = warpgroup_mma_wait(
-            0, deps=[k0, k1, v0, v1, rounded, slope]
-        )
-        mbarrier.arrive(empty.index(stage), count=1)
-        at += 2 * TOKENS
-        chunk += 2
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage = following
 
+    if INDEX == 0:
+        mbarrier.arrive(free, count=1)  # the desk is where keys and values were
     k0 = _hand_over(k0, desk, ready, free, 0, INDEX)
     v0 = _hand_over(v0, desk, ready, free, 1, INDEX)
     if HALVES == 2:
@@ -264,9 +275,7 @@ def _sum_readers(
             k0 * scale, grad_k, parts, 0, 0, key_row, num_keys, kv_head, kv_heads, alone, item,
             D, PIECE,
         )  # fmt: skip
-        _write(
-            v0, grad_v, parts, 1, 0, key_row, num_keys, kv_head, kv_heads, alone, item, D, PIECE
-        )
+        _write(v0, grad_v, parts, 1, 0, key_row, num_keys, kv_head, kv_heads, alone, item, D, PIECE)
         if HALVES == 2:
             _write(
                 k1 * scale, grad_k, parts, 0, 1, key_row, num_keys, kv_head, kv_heads, alone, item,
@@ -309,15 +318,14 @@ def _key_gradients(
         HALVES: gl.constexpr = D // HALF
         CHUNKS: gl.constexpr = STAGES * HALVES
         dtype: gl.constexpr = k_boxes.dtype
-        k_piece = gl.allocate_shared_memory(dtype, [HALVES, PIECE, HALF], k_boxes.layout)
-        v_piece = gl.allocate_shared_memory(dtype, [HALVES, PIECE, HALF], k_boxes.layout)
+        piece = gl.allocate_shared_memory(dtype, [2 * HALVES, PIECE, HALF], k_boxes.layout)
         # The loader writes reader by reader what the groups read as 64 rows.
         q_ring = gl.allocate_shared_memory(dtype, [CHUNKS * TOKENS, GROUP, HALF], q_boxes.layout)
         grad_ring = gl.allocate_shared_memory(dtype, [CHUNKS * TOKENS, GROUP, HALF], q_boxes.layout)
         q_rows = q_ring._reinterpret(dtype, [CHUNKS, ROWS, HALF], k_boxes.layout)
         grad_rows = grad_ring._reinterpret(dtype, [CHUNKS, ROWS, HALF], k_boxes.layout)
         desk_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-        desk = gl.allocate_shared_memory(gl.float32, [PIECE, HALF], desk_layout)
+        desk = piece._reinterpret(gl.float32, [HALVES, PIECE, HALF], desk_layout).index(0)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         others = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
@@ -334,21 +342,21 @@ def _key_gradients(
                 (_sum_readers, (
                     lse2, delta, grad_k, grad_v, parts, rows, first, dense, low, high, origin,
                     start, key_row, num_keys, kv_head, kv_heads, alone, item, scale, scale2,
-                    k_piece, v_piece, q_rows, grad_rows, desk, loaded, full, empty, ready, free,
+                    piece, q_rows, grad_rows, desk, loaded, full, empty, ready, free,
                     0, GROUP, D, PIECE, STAGES,
                 )),
                 (_sum_readers, (
                     lse2, delta, grad_k, grad_v, parts, rows, first, dense, low, high, origin,
                     start, key_row, num_keys, kv_head, kv_heads, alone, item, scale, scale2,
-                    k_piece, v_piece, q_rows, grad_rows, desk, loaded, full, empty, ready, free,
+                    piece, q_rows, grad_rows, desk, loaded, full, empty, ready, free,
                     1, GROUP, D, PIECE, STAGES,
                 )),
                 (_load_readers, (
                     k_boxes, v_boxes, q_boxes, grad_boxes, rows, first, dense, low, high, key_row,
-                    kv_head, heads, k_piece, v_piece, q_ring, grad_ring, loaded, full, empty,
+                    kv_head, heads, piece, q_ring, grad_ring, loaded, full, empty,
                     GROUP, D, STAGES,
                 )),
             ],
-            WORKER_WARPS,
-            WORKER_REGISTERS,
+            [4, 1],
+            [240, 24],
         )  # fmt: skip

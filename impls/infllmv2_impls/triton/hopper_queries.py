@@ -16,10 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .attend_forward import LOG2_E
 from .hopper import (
     ROWS,
-    WORKER_REGISTERS,
-    WORKER_WARPS,
     boxes,
     erase_after,
+    first_open,
     load_pieces,
     next_piece,
     tile_record,
@@ -93,7 +92,7 @@ def _differentiate_rows(
     token = SHIFT + index // GROUP
     asks = (base + token >= first) & (base + token < num_keys)
     head = kv_head * GROUP + index % GROUP
-    at = (row + token).to(gl.int64) * q_row_stride + head * q_head_stride
+    at = (row + token).to(gl.int64) * q_row_stride + head.to(gl.int64) * q_head_stride
     queries = q_rows.index(INDEX)
     queries.store(gl.load(q + at[:, None] + dim[None, :], mask=asks[:, None], other=0.0))
     at = ((row + token).to(gl.int64) * heads + head) * D
@@ -110,14 +109,17 @@ def _differentiate_rows(
     shift = gl.load(delta + at, mask=asks, other=0.0)[:, None]
     acc = gl.zeros([ROWS, D], gl.float32, acc_layout)
     zero = gl.zeros([ROWS, PIECE], gl.float32, logits_layout)
-    i, bits = next_piece(gl.to_tensor(0), count, members, SHIFT, MASK, dense, empty, STAGES)
+    opens = first_open(count, dense, base + SHIFT, first, num_keys, TOKENS, PIECE)
+    i, bits = next_piece(
+        gl.to_tensor(0), count, members, SHIFT, MASK, dense, opens, full, empty, STAGES
+    )  # fmt: skip
     if i < count:  # the latest piece, as in the forward
         stage = i % STAGES
+        held = i
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         piece = gl.load(pieces + i, mask=dense == 0, other=count - 1 - i)
         if piece * PIECE + PIECE > num_keys:
             erase_after(k_ring, stage, piece, num_keys, rows, PIECE)
-            fence_async_shared()
         keys = k_ring.index(stage).permute((1, 0))
         values = v_ring.index(stage).permute((1, 0))
         logits = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
@@ -130,10 +132,11 @@ def _differentiate_rows(
         slope = gl.where(seen, weights * (products - shift), 0.0)
         slope = gl.convert_layout(slope.to(dtype), operand)
         i, bits = next_piece(
-            i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, empty, STAGES
+            i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, opens, full, empty, STAGES
         )  # fmt: skip
         while i < count:
             ahead = i % STAGES
+            newest = i
             mbarrier.wait(full.index(ahead), (i // STAGES) & 1)
             keys = k_ring.index(ahead).permute((1, 0))
             values = v_ring.index(ahead).permute((1, 0))
@@ -146,12 +149,17 @@ def _differentiate_rows(
             products = warpgroup_mma_wait(1, deps=[products])
             new = gl.convert_layout((weights * (products - shift)).to(dtype), operand)
             i, bits = next_piece(  # keeps the wait behind the exponentials, as in the forward
-                i + 1, i + STAGES - 1, members, SHIFT, MASK, dense, empty, STAGES
+                i + 1, held + STAGES, members, SHIFT, MASK, dense, opens, full, empty, STAGES
             )
             acc, slope, new = warpgroup_mma_wait(0, deps=[acc, slope, new])
             mbarrier.arrive(empty.index(stage), count=1)
+            if bits == 0:  # the search ended early: a stage less is held now
+                i, bits = next_piece(
+                    i, newest + STAGES - 1, members, SHIFT, MASK, dense, opens, full, empty, STAGES
+                )  # fmt: skip
             slope = new
             stage = ahead
+            held = newest
         acc = warpgroup_mma(slope, k_ring.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
@@ -205,6 +213,6 @@ def _query_gradients(
                 empty, PIECE, D, STAGES,
             )),
         ],
-        WORKER_WARPS,
-        WORKER_REGISTERS,
+        [4, 1],
+        [240, 24],
     )  # fmt: skip

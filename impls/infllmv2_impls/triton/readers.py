@@ -1,9 +1,9 @@
 """Who reads a piece of keys: for every piece, the query tokens that attend it.
 
-This turns the unions of the tiles around. It is a counting sort without atomics, so that the
-order of a piece's readers, and with it every sum over them, is always the same: chunks of tiles count
-their readers per piece, the counts become places, and the chunks walk over their tiles once more and
-write each reader to its place.
+This turns the unions of the tiles around. It is a counting sort without atomics, so that the order
+of a piece's readers, and with it every sum over them, is always the same: chunks of tiles count
+their readers per piece, the counts become places, and the chunks walk over their tiles once more
+and write each reader to its place.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Readers:
     """List the readers of every piece of the batch, in ascending order, and cut them into items.
 
     Args:
-        records: int32 `[pieces, PIECE_FIELDS]`: (0) the row of the piece's first key; (1) how many keys
-            it has, 0 if there is no such piece; (2) the position of its first key; (3) the row of
-            `q` that a query at position 0 would have; (4) the position of the first query that may
-            read it; (5) how many may; (6) whether they all do.
+        records: int32 `[pieces, PIECE_FIELDS]`: (0) the row of the piece's first key; (1) how many
+            keys it has, 0 if there is no such piece; (2) the position of its first key; (3) the row
+            of `q` that a query at position 0 would have; (4) the position of the first query that
+            may read it; (5) how many may; (6) whether they all do.
         starts: where the readers of a piece start in `rows`, int32 `[HK * pieces + 1]`.
         items: where the items of a piece start, int32 `[HK * pieces + 1]`; an item is a run of at
             most `item_readers` readers; every piece has one at least, and a piece that all

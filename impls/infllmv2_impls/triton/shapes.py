@@ -23,7 +23,7 @@ class Shape:
         head_dim: D.
         block_size: B.
         hopper: whether the kernels for Hopper GPUs are used.
-        rows: rows of a tile.
+        rows: rows of a tile of the kernels that are not for Hopper GPUs.
         piece: keys that are multiplied at once, an equal part of a block.
     """
 
@@ -43,12 +43,9 @@ class Shape:
         fast = fast and hopper.applies(q.device, q.dtype, group, dim, block_size)
         exact = q.dtype == torch.float32  # multiplied without tensor cores, and unrolled
         piece = (32 if exact else 64) // (2 if dim > 128 else 1)
-        if fast:
-            rows = hopper.TILE_ROWS
-        elif not q.is_cuda:
+        rows = 32 if exact else 64  # 64 are the fewest that the fast instructions take
+        if not q.is_cuda:
             rows = 256  # the interpreter takes as long for a large tile as for a small one
-        else:
-            rows = 32 if exact else 64  # 64 are the fewest that the fast instructions take
         piece = min(block_size & -block_size, piece)
         return cls(kv_heads, group, dim, block_size, fast, rows, piece)
 
@@ -68,8 +65,18 @@ class Shape:
         return max(16, triton.next_power_of_2(self.head_dim))
 
     @property
-    def tokens(self) -> int:
-        """Return the tokens of a tile."""
+    def forward_tokens(self) -> int:
+        """Return the tokens of a tile in the forward."""
+        return self._tokens(hopper.FORWARD_ROWS)
+
+    @property
+    def backward_tokens(self) -> int:
+        """Return the tokens of a tile in the backward."""
+        return self._tokens(hopper.BACKWARD_ROWS)
+
+    def _tokens(self, rows: int) -> int:
+        if self.hopper:
+            return rows // self.group
         return max(1, min(self.rows // self.padded_group, 16, self.piece))
 
     @property

@@ -1,9 +1,9 @@
 """What a tile of neighbouring query tokens attends together: the union of their selected blocks.
 
-A *tile* is a run of consecutive query tokens of one sequence whose positions begin at a multiple of the
-tile's size. A *piece* is a run of consecutive keys that a kernel multiplies at once: a block, or an
-equal part of one. Neighbours share most of what they selected, so a kernel that walks over the union,
-with one bit per token and piece, loads every piece once for all of them.
+A *tile* is a run of consecutive query tokens of one sequence whose positions begin at a multiple of
+the tile's size. A *piece* is a run of consecutive keys that a kernel multiplies at once: a block,
+or an equal part of one. Neighbours share most of what they selected, so a kernel that walks over
+the union, with one bit per token and piece, loads every piece once for all of them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Union:
 
     Args:
         tiles: int32 `[tiles, FIELDS]`: (0) the row of `q` and (1) the position of the tile's first
-            token, which may lie before the sequence; (2) the position of the sequence's first query;
-            (3) how many keys the sequence has; (4) the row of its first key; (5) whether it attends
-            everything; (6) the number of its first piece in the batch (`first_piece`).
+            token, which may lie before the sequence; (2) the position of the sequence's first
+            query; (3) how many keys the sequence has; (4) the row of its first key; (5) whether it
+            attends everything; (6) the number of its first piece in the batch (`first_piece`).
         counts: how many pieces a tile attends, int32 `[HK, tiles]`.
         pieces: their indices in the sequence, int32 `[HK, tiles, capacity]`. Rows of dense tiles
             are not written: these attend all pieces from `counts - 1` down to 0.
@@ -76,8 +76,8 @@ def unite(
 ) -> Union:
     """Unite the selections `[HK, total_q, K]` of the tokens of every tile.
 
-    Blocks that do not exist or begin after the tile's last token are left out, so that whatever
-    `selected` holds, nothing outside the sequence is listed.
+    Blocks that do not exist or begin after the token are left out, so that whatever `selected`
+    holds, nothing outside the sequence is listed.
 
     Args:
         selected: block indices, int32; rows of sequences with fewer than `dense_len` keys are not
@@ -87,7 +87,7 @@ def unite(
         max_seqlen_k: at least the keys of the longest sequence.
         block_size: B, a multiple of `piece`.
         dense_len: sequences with fewer keys attend everything.
-        tokens: tokens of a tile, a power of two up to 32 that divides `piece`.
+        tokens: tokens of a tile, at most 32.
         piece: keys of a piece.
     """
     kv_heads, total_q, budget = selected.shape
@@ -127,6 +127,7 @@ def unite(
             BLOCK=block_size,
             PIECE=piece,
             TOKENS=tokens,
+            LANES=triton.next_power_of_2(tokens),
             FIELDS=FIELDS,
             SLOTS=SLOTS,
             SCAN=SCAN,
@@ -154,8 +155,8 @@ def first_piece(key_row, sequence, PIECE: tl.constexpr):
 def _find_tile(tile, ends, batch, step, TOKENS: tl.constexpr):
     """Return the sequence that a tile belongs to, and its number there, which may be too large.
 
-    Sequence i, which starts at row `ends[i]`, gets the tiles from `ends[i] // TOKENS + 2 * i` on. The
-    next one starts late enough: `t` queries need at most `ceil(t / TOKENS) + 1` tiles, since
+    Sequence i, which starts at row `ends[i]`, gets the tiles from `ends[i] // TOKENS + 2 * i` on.
+    The next one starts late enough: `t` queries need at most `ceil(t / TOKENS) + 1` tiles, since
     their first position may lie inside one.
     """
     low = 0  # the last sequence whose tiles start at this one or before
@@ -167,7 +168,11 @@ def _find_tile(tile, ends, batch, step, TOKENS: tl.constexpr):
     return low, tile - (tl.load(ends + low) // TOKENS + 2 * low)
 
 
-@triton.jit(do_not_specialize=["batch", "work", "num_tiles", "num_pieces", "capacity", "budget", "dense_len", "step"])
+LENGTHS = ["batch", "work", "num_tiles", "num_pieces", "capacity", "budget", "dense_len", "step"]
+"""Arguments that must not make the kernel compile anew."""
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _unite(
     selected,
     ends_q,
@@ -191,6 +196,7 @@ def _unite(
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
     FIELDS: tl.constexpr,
     SLOTS: tl.constexpr,
     SCAN: tl.constexpr,
@@ -200,7 +206,7 @@ def _unite(
     A program has a table of its own, `marks[program]`, which is 0 between two tiles.
     """
     marks += tl.program_id(0).to(tl.int64) * num_pieces
-    token = tl.arange(0, TOKENS)
+    token = tl.arange(0, LANES)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
         head = item // num_tiles
         tile = item % num_tiles
@@ -225,10 +231,12 @@ def _unite(
             tl.store(record + 5, dense.to(tl.int32))
             tl.store(record + 6, first_piece(start_k, sequence, PIECE))
         if (count > 0) & (not dense):
-            asks = (base + token >= first) & (base + token < num_keys)
+            position = base + token
+            asks = (token < TOKENS) & (position >= first) & (position < num_keys)
+            own = tl.minimum(position // PIECE, last)[:, None]  # the latest piece of each token
             lines = selected + head.to(tl.int64) * head_stride
             lines += (row + token).to(tl.int64) * row_stride
-            bit = tl.full([TOKENS], 1, tl.int32) << token
+            bit = tl.full([LANES], 1, tl.int32) << token
             for start in range(0, budget, SLOTS):
                 slot = start + tl.arange(0, SLOTS)
                 blocks = tl.load(
@@ -239,7 +247,7 @@ def _unite(
                 blocks = tl.where(blocks > last, -1, blocks)  # so that the product cannot overflow
                 for part in tl.static_range(BLOCK // PIECE):
                     piece = blocks * (BLOCK // PIECE) + part
-                    inside = (blocks >= 0) & (piece <= last)
+                    inside = (blocks >= 0) & (piece <= own)
                     tl.atomic_or(marks + piece, bit[:, None], mask=inside, sem="relaxed")
             tl.debug_barrier()  # every mark has been set
             line = capacity.to(tl.int64) * item
