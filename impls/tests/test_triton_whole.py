@@ -80,6 +80,26 @@ def test_batches_below_the_switch_select_nothing() -> None:
     compare(TRITON.attention(**given), EAGER.attention(**given))
 
 
+def test_attention_compiles_without_a_break_and_differentiates() -> None:
+    q, k, v = (draw(n, h, i) for i, (n, h) in enumerate(((3, HEADS), (150, 2), (150, 2))))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    lengths = {"cu_seqlens_q": cu_seqlens_of([3], DEVICE), "max_seqlen_q": 3}
+    lengths |= {"cu_seqlens_k": cu_seqlens_of([150], DEVICE), "max_seqlen_k": 150}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return TRITON.attention(q=q, k=k, v=v, **lengths, config=SMALL)
+
+    out, lse, selected = compiled(q, k, v)
+    expected = EAGER.attention(q=q, k=k, v=v, **lengths, config=SMALL)
+    compare((out, lse, selected), expected)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    for ours, theirs in zip(
+        gradients, torch.autograd.grad(expected[0].sum(), (q, k, v)), strict=True
+    ):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_cache_of_sequences_that_advance_apart() -> None:
     """Append, decode, take back and append again; room in the cache is never read as tokens."""
     caches = [

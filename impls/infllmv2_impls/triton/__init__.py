@@ -1,4 +1,4 @@
-"""The contract in Triton: for CUDA devices of compute capability 8.0 and newer, tuned on 9.0.
+"""The contract in Triton: for NVIDIA GPUs, tuned and tested on Hopper (compute capability 9.0).
 
 Nothing in a call waits for the device: grids follow from shapes, and every program finds its
 sequence by itself. So calls can be captured in CUDA graphs, and `ops` offers the stages to
