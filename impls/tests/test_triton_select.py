@@ -53,6 +53,7 @@ BATCHES = {
     "nothing": ([], []),
     "no-rows": ([0, 0], [0, 9]),
     "one": ([1], [333]),
+    "long": ([4], [700]),
 }
 
 
@@ -193,7 +194,7 @@ def test_scratch_in_chunks(config: SparseConfig, monkeypatch: pytest.MonkeyPatch
 
 def test_windows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread the loop over windows over programs, as for few queries."""
-    batch = Batch("history", replace(SMALL, lse="exact"), torch.float32)
+    batch = Batch("long", replace(SMALL, lse="exact"), torch.float32)
     given = batch.scoring()
     expected = TRITON.score_blocks(**given)
     for module in ("lse", "score"):
