@@ -19,8 +19,10 @@ SPILLED = {"forward": 0, "queries": 0, "keys": 128}
 """Bytes of stack of a thread; the gradients of keys keep a few numbers there, none of a sum."""
 
 
-@pytest.mark.parametrize("name", ["forward", "queries", "keys"])
-@pytest.mark.parametrize(("group", "dim"), [(16, 128), (8, 64)])
+@pytest.mark.parametrize(
+    ("name", "group", "dim"),
+    [("forward", 16, 128), ("queries", 16, 128), ("keys", 16, 128), ("keys", 8, 64)],
+)
 def test_products_overlap_and_nothing_spills(name: str, group: int, dim: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), name, str(group), str(dim)]
