@@ -30,6 +30,8 @@ PIECE = 64
 ALIGNMENT = 16
 """Bytes that rows of a tensor must be aligned to for the copy engine."""
 
+_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
+
 
 def applies(device: torch.device, dtype: torch.dtype, group: int, dim: int, block: int) -> bool:
     """Say whether there are such kernels for this device and these sizes."""
@@ -141,4 +143,4 @@ def erase_after(ring, stage, piece, num_keys, layout: gl.constexpr, PIECE: gl.co
     key = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, layout))
     rows.store(gl.where((key < num_keys)[:, None], rows.load(layout), 0.0))
     fence_async_shared()
-    gl.thread_barrier()  # here, so that none is needed where the rows are multiplied
+    _meet()  # here, so that no barrier is needed where the rows are multiplied

@@ -236,7 +236,7 @@ def _unite(
             own = tl.minimum(position // PIECE, last)[:, None]  # the latest piece of each token
             lines = selected + head.to(tl.int64) * head_stride
             lines += (row + token).to(tl.int64) * row_stride
-            bit = tl.full([LANES], 1, tl.int32) << token
+            bit = tl.full([LANES, SLOTS], 1, tl.int32) << token[:, None]
             for start in range(0, budget, SLOTS):
                 slot = start + tl.arange(0, SLOTS)
                 blocks = tl.load(
@@ -248,7 +248,7 @@ def _unite(
                 for part in tl.static_range(BLOCK // PIECE):
                     piece = blocks * (BLOCK // PIECE) + part
                     inside = (blocks >= 0) & (piece <= own)
-                    tl.atomic_or(marks + piece, bit[:, None], mask=inside, sem="relaxed")
+                    tl.atomic_or(marks + piece, bit, mask=inside, sem="relaxed")
             tl.debug_barrier()  # every mark has been set
             line = capacity.to(tl.int64) * item
             count = 0
