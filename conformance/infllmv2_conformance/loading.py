@@ -26,6 +26,7 @@ BUILT_IN = {
     "sdpa": "infllmv2_impls.adapters.sdpa:IMPLEMENTATION",
     "flex_attention": "infllmv2_impls.adapters.flex_attention:IMPLEMENTATION",
     "infllm_v2": "infllmv2_impls.adapters.infllm_v2:IMPLEMENTATION",
+    "triton": "infllmv2_impls.triton:TritonImplementation",
 }
 ENTRY_POINTS = "infllmv2.impls"
 MUTANT = "mutant:"

@@ -2,6 +2,9 @@
 
 Every error names the argument, what it must be and what it was. Types and dtypes that are wrong
 raise TypeError; shapes, devices and values ValueError.
+
+With `values=False` nothing is read from a device: lengths, windows and selections are trusted, and
+a number of rows is compared with other tensors, not with `cu_seqlens`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ def check_compress(
     kernel_size: int,
     kernel_stride: int,
     dtypes: Dtypes = FLOATS,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `compress_keys`."""
     _check_tensor("k", k, "[total_k, HK, D]", dtypes)
@@ -31,8 +35,9 @@ def check_compress(
     check_count("max_seqlen_k", max_seqlen_k)
     check_count("kernel_size", kernel_size, 1)
     check_count("kernel_stride", kernel_stride, 1)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, "max_seqlen_k")
-    _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
+    if values:
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, "max_seqlen_k")
+        _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
 
 
 def check_scoring(
@@ -47,6 +52,7 @@ def check_scoring(
     max_seqlen_k: int,
     config: SparseConfig,
     dtypes: Dtypes = FLOATS,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `score_windows`, `score_blocks` and `select`.
 
@@ -63,10 +69,12 @@ def check_scoring(
         _check_heads(q, f"k_{name}", windows)
         _check_tensor(f"cu_seqlens_{name}", ends, "[batch + 1]", (torch.int32,), like=("q", q))
         _check_equal(f"k_{name}.shape[1:]", windows.shape[1:], "k_c1.shape[1:]", k_c1.shape[1:])
-    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, values)
     for name, windows, ends, size, stride in kinds:
-        counts = [num_windows(n, size, stride) for n in lengths_of(cu_seqlens_k)]
-        _check_windows(name, windows, ends, counts)
+        _check_equal(f"len(cu_seqlens_{name})", len(ends), "len(cu_seqlens_k)", len(cu_seqlens_k))
+        if values:
+            counts = [num_windows(n, size, stride) for n in lengths_of(cu_seqlens_k)]
+            _check_windows(name, windows, ends, counts)
 
 
 def check_scores(
@@ -78,11 +86,14 @@ def check_scores(
     max_seqlen_k: int,
     config: SparseConfig,
     dtypes: Dtypes = FLOATS,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `pool_blocks` (`scores`) and `select_blocks` (`block_scores`)."""
     _check_config(config)
     _check_tensor(name, scores, "[HK, total_q, columns]", dtypes)
-    _check_lengths(name, scores, 1, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_lengths(name, scores, 1, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, values)
+    if not values:
+        return
     longest = max(lengths_of(cu_seqlens_k), default=0)
     if name == "scores":
         needed = num_windows(longest, config.kernel_size, config.kernel_stride)
@@ -108,17 +119,39 @@ def check_attend(
     dtypes: Dtypes = FLOATS,
 ) -> None:
     """Check the arguments of `attend`, the values of `selected` included."""
-    check_count("block_size", block_size, 1)
-    _check_qkv(q, k, v, dtypes)
-    _check_tensor("selected", selected, "[HK, total_q, K]", (torch.int32,), like=("q", q))
-    _check_equal("selected.shape[0]", selected.shape[0], "k.shape[1]", k.shape[1])
-    _check_equal("selected.shape[1]", selected.shape[1], "q.shape[0]", q.shape[0])
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_attend_form(q, k, v, selected, *lengths, block_size, dtypes)
     _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
     starts = cu_seqlens_q.tolist()
     for i, num_keys in enumerate(lengths_of(cu_seqlens_k)):
         blocks = num_blocks(num_keys, block_size)
         _check_selected(selected[:, starts[i] : starts[i + 1]], i, blocks)
+
+
+def check_attend_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    dtypes: Dtypes = FLOATS,
+) -> None:
+    """Check the arguments of `attend`, but no values that lie on the device."""
+    check_count("block_size", block_size, 1)
+    check_count("max_seqlen_q", max_seqlen_q)
+    check_count("max_seqlen_k", max_seqlen_k)
+    _check_qkv(q, k, v, dtypes)
+    _check_tensor("selected", selected, "[HK, total_q, K]", (torch.int32,), like=("q", q))
+    _check_equal("selected.shape[0]", selected.shape[0], "k.shape[1]", k.shape[1])
+    _check_equal("selected.shape[1]", selected.shape[1], "q.shape[0]", q.shape[0])
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_tensor(name, ends, "[batch + 1]", (torch.int32,), like=("q", q))
+    _check_equal("len(cu_seqlens_k)", len(cu_seqlens_k), "len(cu_seqlens_q)", len(cu_seqlens_q))
 
 
 def check_attention(
@@ -133,14 +166,16 @@ def check_attention(
     selection_q: Tensor | None,
     selection_k: Tensor | None,
     dtypes: Dtypes = FLOATS,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `attention`."""
     _check_config(config)
     _check_qkv(q, k, v, dtypes)
     check_selection_input("selection_q", selection_q, "q", q, config)
     check_selection_input("selection_k", selection_k, "k", k, config)
-    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
+    _check_lengths("q", q, 0, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, values)
+    if values:
+        _check_rows("k", k, 0, "cu_seqlens_k", cu_seqlens_k)
 
 
 def check_append(
@@ -153,6 +188,7 @@ def check_append(
     lengths: list[int],
     capacity: int,
     config: SparseConfig,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `append` against the cache: `stored` is `[any, HK, D]`."""
     _check_tensor("k", k, "[total, HK, D]", (stored.dtype,), like=("cache", stored))
@@ -163,6 +199,8 @@ def check_append(
     _check_tensor("cu_seqlens", cu_seqlens, "[batch + 1]", (torch.int32,), like=("k", k))
     check_count("max_seqlen", max_seqlen)
     _check_equal("len(cu_seqlens)", len(cu_seqlens), "the cache's batch + 1", len(lengths) + 1)
+    if not values:
+        return
     check_cu_seqlens("cu_seqlens", cu_seqlens, max_seqlen, "max_seqlen")
     _check_rows("k", k, 0, "cu_seqlens", cu_seqlens)
     for i, (new, old) in enumerate(zip(lengths_of(cu_seqlens), lengths, strict=True)):
@@ -181,6 +219,7 @@ def check_decode(
     stored: Tensor,
     lengths: list[int],
     config: SparseConfig,
+    values: bool = True,
 ) -> None:
     """Check the arguments of `decode` against the cache: `stored` is `[any, HK, D]`."""
     _check_tensor("q", q, "[total_q, HQ, D]", (stored.dtype,), like=("cache", stored))
@@ -189,6 +228,8 @@ def check_decode(
     _check_tensor("cu_seqlens_q", cu_seqlens_q, "[batch + 1]", (torch.int32,), like=("q", q))
     check_count("max_seqlen_q", max_seqlen_q)
     _check_equal("len(cu_seqlens_q)", len(cu_seqlens_q), "the cache's batch + 1", len(lengths) + 1)
+    if not values:
+        return
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, "max_seqlen_q")
     _check_rows("q", q, 0, "cu_seqlens_q", cu_seqlens_q)
     for i, (new, old) in enumerate(zip(lengths_of(cu_seqlens_q), lengths, strict=True)):
@@ -288,14 +329,20 @@ def _check_lengths(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    values: bool = True,
 ) -> None:
     """Raise unless the lengths are those of a packed batch with `rows` as its queries."""
     for ends_name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_tensor(ends_name, ends, "[batch + 1]", (torch.int32,), like=(name, rows))
     check_count("max_seqlen_q", max_seqlen_q)
     check_count("max_seqlen_k", max_seqlen_k)
-    check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _check_rows(name, rows, axis, "cu_seqlens_q", cu_seqlens_q)
+    if values:
+        check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _check_rows(name, rows, axis, "cu_seqlens_q", cu_seqlens_q)
+        return
+    _check_equal("len(cu_seqlens_k)", len(cu_seqlens_k), "len(cu_seqlens_q)", len(cu_seqlens_q))
+    if len(cu_seqlens_q) < 1:
+        raise ValueError("cu_seqlens_q must have shape [batch + 1], but it has [0]")
 
 
 def _check_rows(name: str, rows: Tensor, axis: int, ends_name: str, ends: Tensor) -> None:
