@@ -124,10 +124,11 @@ def _most_like(
 def _suspects(run: Runner) -> Iterator[Suspect]:
     """Yield the mutants of the rule, then those of its stage, then others that it may meet."""
     rule = RULES[run.rule]
-    own = [m for m in MUTANTS.values() if m.stage == rule.stage]
+    bank = [m for m in MUTANTS.values() if m.base == "eager"]
+    own = [m for m in bank if m.stage == rule.stage]
     own.sort(key=lambda m: m.rule != rule.id)
     yield from (Suspect(mutant, run) for mutant in own)
-    others = (m for m in MUTANTS.values() if m.stage != rule.stage)
+    others = (m for m in bank if m.stage != rule.stage)
     yield from (Suspect(m, run) for m in others if _may_break(m, rule, run.function))
 
 

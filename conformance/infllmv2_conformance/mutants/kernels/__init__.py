@@ -6,6 +6,8 @@ They run in Triton's interpreter, on the CPU: one program handles one row, as pl
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from .attend import attend
 from .windows import compress_keys, pool_blocks
 
@@ -13,7 +15,7 @@ from .windows import compress_keys, pool_blocks
 class TritonImplementation:
     """Offer three stages, for shapes that an interpreter gets through."""
 
-    capabilities = {
+    capabilities: ClassVar[dict[str, Any]] = {
         "devices": ("cpu",),
         "dtypes": ("float32", "float16"),
         "head_dims": (16, 24),

@@ -1,5 +1,6 @@
 """Stages 1 and 3: a program for every window, and one for every query row and block."""
 # pyright: basic
+# ruff: noqa: N803 - capitals are what a kernel is compiled for
 
 from __future__ import annotations
 
