@@ -34,7 +34,7 @@ SECONDS = 4.0
 """Computing time that may be spent on one failure."""
 OTHER_CASES = 40
 """Cases of the search, besides the reported one, that a mutant must agree on."""
-ENOUGH = 0.75
+ENOUGH = 2 / 3
 """The share of them that it must agree on: faults that are alike need not agree in every corner."""
 MOST = 3
 """Mutants that are named: more of them say little."""

@@ -1,5 +1,5 @@
 """Stage 5, a program for every few query rows of a key/value head."""
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 # ruff: noqa: N803 - capitals are what a kernel is compiled for
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Stages 1 and 3: a program for every window, and one for every query row and block."""
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 # ruff: noqa: N803 - capitals are what a kernel is compiled for
 
 from __future__ import annotations
