@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -77,7 +79,10 @@ def test_sample_is_of_every_stage():
 def test_every_mutant_can_be_built_and_reaches_its_rule():
     """An edit that no longer fits the source of eager shows here, on every run."""
     for each in MUTANTS.values():
-        build(each)
+        if each.base == "eager":
+            build(each)
+        else:  # imports Triton with the interpreter, which is for a process of its own
+            assert all(ast.parse(text) for text in edited(each).values())
         rule = RULES[each.rule]
         assert reach(each).touches(rule), each.id
         assert bool(each.function) == rule.each, each.id
@@ -125,13 +130,13 @@ def test_edit_that_is_no_python_is_an_error():
 
 def test_edits_apply_in_order():
     first = Edit("blocks", "def pool(", "def pool_two(")
-    texts = edited((first, Edit("blocks", "def pool_two(", "def pool_three(")), "pool.new")
+    texts = edited(mutant(edits=(first, Edit("blocks", "def pool_two(", "def pool_three("))))
     assert "def pool_three(" in texts["blocks"]
 
 
 def test_without_the_original_there_are_no_mutants(monkeypatch):
     building.sources.cache_clear()
-    monkeypatch.setattr(building, "ORIGINAL", "infllmv2_impls.nothing")
+    monkeypatch.setitem(building.BASES, "eager", "infllmv2_impls.nothing")
     try:
         with pytest.raises(building.OriginalMissingError, match="which is not installed"):
             building.sources()
@@ -144,6 +149,34 @@ def test_mutant_does_not_change_the_original():
     build(MUTANTS["compress.max"])
     assert building.pristine().windows.compress is before
     assert MUTANTS["compress.max"].edits
+
+
+# Mutants of Triton kernels
+
+KERNELS = "infllmv2_conformance.mutants.kernels:IMPLEMENTATION"
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_kernels_of_which_mutants_are_made_are_right(infllmv2, environment):
+    environment["TRITON_INTERPRET"] = "1"
+    rules = ("compress.tail-not-read", "pool.values", "attend.group-mapping")
+    done = infllmv2("check", KERNELS, *(word for rule in rules for word in ("--rule", rule)))
+    assert "3 rules passed, 0 failed, 0 not claimed" in done.stdout
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_mutants_of_kernels_are_killed(infllmv2):
+    names = ("compress.triton-offset-overflow", "attend.triton-grid-rounded-down")
+    done = infllmv2("mutants", *names, "--profile", "quick", "-n", "1")
+    assert "2 of 2 mutants killed (100.0%)" in done.stdout
+
+
+def test_mutants_that_need_triton_are_skipped_without_it(monkeypatch, capsys):
+    monkeypatch.setattr(building, "find_spec", lambda _: None)
+    assert run("pool.triton-other-0") == 1
+    out = capsys.readouterr().out
+    assert "Skipped, because triton is not installed: pool.triton-other-0." in out
+    assert "wrong no mutant was run, so nothing is proved" in out
 
 
 # What a mutant reaches

@@ -1,16 +1,19 @@
-"""Build a mutated copy of the eager implementation, in memory."""
+"""Build a mutated copy of an implementation, in memory."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import linecache
+import os
 import re
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -21,10 +24,12 @@ from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.loading import MUTANT
 from infllmv2_conformance.names import check_names
 
-from .model import Composite, Edit, Mutant
+from .model import Composite, Mutant
 
-ORIGINAL = "infllmv2_impls.eager"
+BASES = {"eager": "infllmv2_impls.eager", "triton": f"{__package__}.kernels"}
+"""The packages that are changed. That of Triton runs in the interpreter, on every machine."""
 ATTRIBUTE = "IMPLEMENTATION"
+INTERPRET = "TRITON_INTERPRET"
 
 
 class MutantError(UsageError):
@@ -54,50 +59,72 @@ def build(mutant: Mutant) -> Candidate:
     Raises:
         MutantError: an edit does not fit.
     """
-    copy: Any = _import(mutant.id, edited(mutant.edits, mutant.id)) if mutant.edits else pristine()
+    original = pristine(mutant.base)
+    copy = _import(mutant.id, edited(mutant)) if mutant.edits else original
     target: object = getattr(copy, ATTRIBUTE)
     if mutant.wrap is not None:
         target = mutant.wrap(target)
     if mutant.functions:
         changed = {name: getattr(target, name) for name in mutant.functions}
-        target = Composite(getattr(pristine(), ATTRIBUTE), changed)
+        target = Composite(getattr(original, ATTRIBUTE), changed)
     claims = Capabilities.from_mapping(getattr(copy, ATTRIBUTE).capabilities)
     return Candidate(f"{MUTANT}{mutant.id}", target, replace(claims, **mutant.claims))
 
 
-@cache
-def pristine() -> Any:
-    """Return the copy without any edit."""
-    return _import("none", dict(sources()))
+def missing(mutant: Mutant) -> str:
+    """Return the package that a mutant lacks here, "" if it can be built."""
+    return "triton" if mutant.base == "triton" and find_spec("triton") is None else ""
 
 
 @cache
-def sources() -> Mapping[str, str]:
-    """Return the source of every module of the original, by the name of its file.
+def pristine(base: str = "eager") -> Any:
+    """Return the copy of an original without any edit.
+
+    Raises:
+        OriginalMissingError: what it needs is not installed.
+    """
+    if base == "triton":
+        _interpret()
+    return _import(f"{base}_itself", dict(sources(base)))
+
+
+def _interpret() -> None:
+    """Let Triton interpret its kernels, so that they run without a GPU."""
+    if find_spec("triton") is None:
+        raise OriginalMissingError("mutants of Triton kernels need triton, which is not installed")
+    os.environ[INTERPRET] = "1"
+    language: Any = importlib.import_module("triton.language")
+    if type(language.sum).__name__ != "InterpretedFunction":
+        raise MutantError(f"set {INTERPRET}=1: this process has imported triton without it")
+
+
+@cache
+def sources(base: str = "eager") -> Mapping[str, str]:
+    """Return the source of every module of an original, by the name of its file.
 
     Raises:
         OriginalMissingError: the original is not installed.
     """
     try:
-        spec = importlib.util.find_spec(ORIGINAL)
+        spec = find_spec(BASES[base])
     except ModuleNotFoundError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise OriginalMissingError(f"mutants need the package {ORIGINAL}, which is not installed")
+        raise OriginalMissingError(f"mutants need {BASES[base]}, which is not installed")
     folder = Path(next(iter(spec.submodule_search_locations)))
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
 
 
-def edited(edits: Sequence[Edit], name: str) -> dict[str, str]:
-    """Return the sources with the edits applied, in order.
+def edited(mutant: Mutant) -> dict[str, str]:
+    """Return the sources of a mutant: those of its base with the edits applied, in order.
 
     Raises:
         MutantError: the text to replace is not there, or there more than once.
     """
-    texts = dict(sources())
-    for edit in edits:
+    texts, name = dict(sources(mutant.base)), mutant.id
+    for edit in mutant.edits:
         if edit.module not in texts:
-            raise MutantError(f"mutant {name}: {ORIGINAL} has no module {edit.module!r}")
+            raise MutantError(f"mutant {name}: {mutant.base} has no module {edit.module!r}")
         count = texts[edit.module].count(edit.before)
         if count != 1:
             raise MutantError(
@@ -128,7 +155,7 @@ class _Sources(MetaPathFinder, Loader):
         if fullname not in self.files:
             return None
         is_package = fullname == self.package
-        return importlib.util.spec_from_loader(fullname, self, is_package=is_package)
+        return spec_from_loader(fullname, self, is_package=is_package)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the text of a module."""
@@ -137,8 +164,10 @@ class _Sources(MetaPathFinder, Loader):
 
 @cache
 def _compiled(stem: str, text: str) -> CodeType:
-    """Compile a module; mutants share most of theirs."""
-    return compile(text, f"mutant/{stem}.py", "exec")
+    """Compile a module, and keep its text for tracebacks and for Triton; mutants share most."""
+    file = f"mutant/{zlib.crc32(text.encode()):08x}/{stem}.py"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    return compile(text, file, "exec")
 
 
 def _import(name: str, texts: Mapping[str, str]) -> Any:

@@ -91,11 +91,16 @@ def _run(
     console: Console, ids: list[str], profile: str, seed: int, full: bool, workers: int
 ) -> Matrix:
     from .bank import MUTANTS
+    from .build import missing
     from .examine import run_bank
     from .matrix import Matrix
-    from .terminal import show_grid, show_head, show_row, show_rules, show_verdict
+    from .terminal import show_grid, show_head, show_row, show_rules, show_skipped, show_verdict
 
     begin = time.monotonic()
+    whole = len(ids) == len(MUTANTS)
+    skipped = {i: missing(MUTANTS[i]) for i in ids if missing(MUTANTS[i])}
+    ids = [i for i in ids if i not in skipped]
+    show_skipped(console, skipped)
     show_head(console, len(ids), profile, seed, workers)
     found = run_bank(ids, profile, seed=seed, full=full, workers=workers)
     rows: list[Row] = []
@@ -103,7 +108,7 @@ def _run(
         show_row(console, row)
         rows.append(row)
     seconds = time.monotonic() - begin
-    matrix = Matrix(tuple(rows), profile, seed, len(ids) == len(MUTANTS), seconds)
+    matrix = Matrix(tuple(rows), profile, seed, whole, seconds)
     if full:
         show_grid(console, rows)
     show_rules(console, matrix, full)

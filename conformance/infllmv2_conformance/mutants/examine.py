@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,7 @@ from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.rules import RULES, Rule
 
 from .bank import MUTANTS
-from .build import build
+from .build import INTERPRET, build
 from .matrix import Row
 from .model import Mutant
 from .reach import reach
@@ -94,6 +95,7 @@ def _examine(mutant: str, profile: str, seed: int, full: bool) -> Row:
 
 
 def _prepare() -> None:
+    os.environ[INTERPRET] = "1"  # before anything imports triton
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
     remember(MEMORY)

@@ -79,7 +79,7 @@ class Matrix:
     @property
     def share(self) -> float:
         """Return the share of the mutants that were killed by the rule which must."""
-        return 1 - len(self.survivors) / len(self.rows) if self.rows else 0.0
+        return 1 - len(self.survivors) / max(len(self.rows), 1)
 
     @property
     def lucky(self) -> list[Row]:
@@ -96,6 +96,8 @@ class Matrix:
 
     def problems(self) -> list[str]:
         """Return what is wrong, in words."""
+        if not self.rows:
+            return ["no mutant was run, so nothing is proved"]
         found = [
             f"{row.mutant} is killed too early, by {_name(row.early[0])}" for row in self._early
         ]

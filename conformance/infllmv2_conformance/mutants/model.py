@@ -82,6 +82,7 @@ class Mutant:
             kernel alone.
         function: the function that a `contract.*` rule is applied to.
         claims: capabilities that it claims otherwise than the original.
+        base: the original that is changed: "eager", or "triton", the small kernels of `kernels/`.
     """
 
     id: str
@@ -93,6 +94,7 @@ class Mutant:
     functions: tuple[str, ...] = ()
     function: str = ""
     claims: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    base: str = "eager"
 
     @property
     def stage(self) -> str:

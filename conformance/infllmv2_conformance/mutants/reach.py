@@ -64,6 +64,8 @@ def reach(mutant: Mutant) -> Reach:
 
 
 def _reached(mutant: Mutant, *, backward: bool) -> frozenset[str]:
+    if mutant.base != "eager":
+        return frozenset(mutant.functions)
     places = [place(edit) for edit in mutant.edits]
     found = {f for f in EVERYTHING if any(p is None or p in called(f, backward) for p in places)}
     if mutant.wrap and (backward or not mutant.wrap.backward):

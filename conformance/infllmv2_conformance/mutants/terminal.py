@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich import box
 from rich.console import Console
@@ -29,6 +29,15 @@ def show_head(console: Console, count: int, profile: str, seed: int, workers: in
     )
     heads = f"{'mutant':<{ID}} {'must be killed by':<{RULE}} {'first killed by':<{RULE}}"
     console.print(f"\n{heads} cases   sec", soft_wrap=True)
+
+
+def show_skipped(console: Console, skipped: Mapping[str, str]) -> None:
+    """Say which mutants cannot run here, and what they lack."""
+    for package in sorted(set(skipped.values())):
+        names = ", ".join(name for name, lacks in skipped.items() if lacks == package)
+        console.print(
+            f"[yellow]Skipped[/], because {package} is not installed: {names}.", soft_wrap=True
+        )
 
 
 def show_row(console: Console, row: Row) -> None:

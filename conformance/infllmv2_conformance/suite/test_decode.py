@@ -119,8 +119,8 @@ def test_state_machine(run: Runner) -> None:
         use_nope=True,
         competing=True,
     )
-    run.cases(_with_steps(drawn, "aaddr", prompt=True), _check, weight=1.2)
     run.cases(drawn.map(_rewritten), _check, weight=0.5)
+    run.cases(_with_steps(drawn, "aaddr", prompt=True), _check, weight=1.2)
 
 
 def _check(trial: Trial) -> None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from infllmv2_conformance.mutants.model import Mutant
 
-from . import attend, attention, compress, contract, decode, fused, gradients, pool, score, select
+from . import (
+    attend,
+    attention,
+    compress,
+    contract,
+    decode,
+    fused,
+    gradients,
+    kernels,
+    pool,
+    score,
+    select,
+)
 
 
 def _by_id(mutants: list[Mutant]) -> dict[str, Mutant]:
@@ -29,5 +41,6 @@ MUTANTS: dict[str, Mutant] = _by_id(
         *attention.MUTANTS,
         *decode.MUTANTS,
         *contract.MUTANTS,
+        *kernels.MUTANTS,
     ]
 )
