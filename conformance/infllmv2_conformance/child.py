@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from .rules import LONG
+
 PACKAGE = Path(__file__).parent
 PACKAGES = ("infllmv2_conformance", "infllmv2_reference", "infllmv2_impls")
 STACK_HEADS = ("Current thread", "Stack (most recent call first)")
@@ -38,9 +40,20 @@ class Order:
     rule: tuple[str, ...] = ()
     function: tuple[str, ...] = ()
     case: str | None = None
+    long: int = 0
     rule_timeout: float = 300.0
     workers: int = 0
     fail_fast: bool = False
+
+    @property
+    def is_long(self) -> bool:
+        """Say whether rules of the stage `long` run."""
+        return bool(self.long) or any(name.startswith(f"{LONG}.") for name in self.rule)
+
+    @property
+    def size(self) -> str:
+        """Return the size of the search as a report names it: a profile, or "long 131072"."""
+        return f"{LONG} {self.long}" if self.long else self.profile
 
 
 class Child:
@@ -60,7 +73,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=_environment(),
+                env=_environment(order),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then ends the child
             )
 
@@ -135,6 +148,7 @@ def _command(order: Order, events: Path, resume: bool) -> list[str]:
         *_option("seed", order.seed),
         *_option("known-failures", order.known_failures),
         *_option("case", order.case),
+        *_option("long", order.long),
         *(word for stage in order.stage for word in _option("stage", stage)),
         *(word for rule in order.rule for word in _option("rule", rule)),
         *(word for function in order.function for word in _option("function", function)),
@@ -145,12 +159,13 @@ def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"--infllmv2-{name}={value}"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(order: Order) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     env.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache / "infllmv2" / "hypothesis"))
-    env.setdefault("OMP_NUM_THREADS", "1")  # cases are small: threads would only wait
+    if not order.is_long:
+        env.setdefault("OMP_NUM_THREADS", "1")  # cases are small: threads would only wait
     paths = [*_source_folders(), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return env

@@ -18,6 +18,7 @@ import pytest
 from infllmv2_reference import SPEC_VERSION
 
 from . import device as devices
+from .capabilities import Capabilities
 from .cases import Case
 from .environment import describe_environment, package_version
 from .errors import UsageError
@@ -25,10 +26,10 @@ from .events import EventLog, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .loading import load
-from .names import STAGES, check_names
+from .names import STAGES, check_length, check_names
 from .plugin import SUITE, option
 from .profiles import PROFILES
-from .rules import RULES, Rule
+from .rules import LONG, RULES, Rule
 from .runner import Runner
 from .trial import Trial
 from .verdicts import NOT_CLAIMED, Verdict, judge_phase
@@ -111,10 +112,14 @@ class SuitePlugin:
             check_names("rule", option(self.config, "rule"), RULES)
             check_names("stage", option(self.config, "stage"), STAGES)
             path, case = option(self.config, "known-failures"), option(self.config, "case")
+            self.length = int(option(self.config, "long"))
+            asked = (option(self.config, name) for name in ("stage", "rule"))
+            check_length(self.length, *asked, case)
             self.known = read_known_failures(Path(path)) if path else {}
             self.only = _parse_case(case) if case else None
             self.candidate = load(option(self.config, "impl"))
             claims = self.candidate.capabilities
+            _check_claimed_length(self.length, claims)
             self.device = devices.choose_device(claims, option(self.config, "device"))
         except UsageError as error:
             self._refuse(str(error))
@@ -173,8 +178,11 @@ class SuitePlugin:
     def _wanted(self, course: Course, begun: set[tuple[str, str]]) -> bool:
         stages, rules = option(self.config, "stage"), option(self.config, "rule")
         functions = option(self.config, "function")
+        is_long = bool(self.length) or (self.only is not None and bool(rules))
         return (
-            (not stages or course.rule.stage in stages)
+            (self.length == 0 or course.rule.stage == LONG)
+            and (is_long or course.rule.stage != LONG)
+            and (not stages or course.rule.stage in stages)
             and (not rules or course.rule.id in rules)
             and (not functions or not course.rule.each or course.function in functions)
             and (course.rule.id, course.function) not in begun
@@ -228,6 +236,7 @@ class SuitePlugin:
             function,
             self.only,
             shrink=(course.rule.id, function) not in self.known,
+            length=self.length,
             tell=lambda case: self._tell("case", case=case),
         )
         return course.runner
@@ -324,6 +333,12 @@ def _size_of_errors() -> int:
     """Return how long stderr is, so that what a rule writes to it can be told from the rest."""
     status = os.fstat(2)
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _check_claimed_length(length: int, claims: Capabilities) -> None:
+    if length > claims.longest_context:
+        claimed = f"the implementation claims longest_context {claims.longest_context}"
+        raise UsageError(f"--long must be at most that, but is {length}: {claimed}")
 
 
 def _parse_case(text: str) -> Case:

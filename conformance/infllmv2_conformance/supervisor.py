@@ -84,7 +84,7 @@ class Supervisor:
         self.order, self.listener = order, listener
         path = order.known_failures
         self._known = read_known_failures(path) if path else {}
-        self.run = Run(order.impl, order.profile, order.seed)
+        self.run = Run(order.impl, order.size, order.seed)
         self._folder = Path(tempfile.mkdtemp(prefix="infllmv2-"))
         self._tail = EventTail(self._folder / "events")
         self._running: dict[int, _Running] = {}

@@ -38,11 +38,12 @@ def load_mutant(spec: str) -> Candidate:
     """
     from infllmv2_conformance.names import check_names
 
-    from .bank import MUTANTS
+    from .bank import LONG_MUTANTS, MUTANTS
 
     name = spec.removeprefix(PREFIX)
-    check_names("mutant", [name], MUTANTS)
-    return build(MUTANTS[name])
+    known = MUTANTS | LONG_MUTANTS
+    check_names("mutant", [name], known)
+    return build(known[name])
 
 
 def build(mutant: Mutant) -> Candidate:

@@ -11,7 +11,7 @@ import torch
 
 from infllmv2_conformance.names import STAGES
 from infllmv2_conformance.profiles import PROFILES
-from infllmv2_conformance.rules import RULES, Rule
+from infllmv2_conformance.rules import ORDINARY, RULES, Rule
 
 from .bank import MUTANTS
 from .build import build
@@ -83,13 +83,13 @@ class Matrix:
     def idle(self) -> list[str]:
         """Return the rules that killed nothing."""
         busy = {kill.rule for row in self.rows for kill in row.kills}
-        return [rule for rule in RULES if rule not in busy]
+        return [rule for rule in ORDINARY if rule not in busy]
 
     @property
     def never_first(self) -> list[str]:
         """Return the rules that killed no mutant first, and for which no reason is written."""
         first = {row.first.rule for row in self.rows if row.first}
-        return [rule for rule in RULES if rule not in first and rule not in REASONS]
+        return [rule for rule in ORDINARY if rule not in first and rule not in REASONS]
 
     def problems(self, whole: bool) -> list[str]:
         """Return what is wrong, in words; `whole` says whether all mutants were run."""
@@ -145,7 +145,7 @@ def examine(mutant: Mutant, profile: str, seed: int = 0, full: bool = False) -> 
     own = apply(expected, candidate, size, seed, mutant.function)
     others: list[Outcome] = []
     done = False
-    for rule in RULES.values():
+    for rule in (RULES[name] for name in ORDINARY):
         if not full and (done or not changed & set(rule.functions) or not _before(rule, expected)):
             continue
         for function in targets(rule, candidate):

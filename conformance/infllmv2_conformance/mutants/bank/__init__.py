@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from infllmv2_conformance.mutants.model import Mutant
 
-from . import attend, attention, compress, contract, decode, fused, gradients, pool, score, select
+from . import (
+    attend,
+    attention,
+    compress,
+    contract,
+    decode,
+    fused,
+    gradients,
+    long,
+    pool,
+    score,
+    select,
+)
 
 
 def _by_id(mutants: list[Mutant]) -> dict[str, Mutant]:
@@ -31,3 +43,6 @@ MUTANTS: dict[str, Mutant] = _by_id(
         *contract.MUTANTS,
     ]
 )
+
+LONG_MUTANTS: dict[str, Mutant] = _by_id([*long.MUTANTS])
+"""Faults that no profile can show: the rules of the stage `long` kill them."""
