@@ -43,7 +43,9 @@ Device = Annotated[
 ]
 RuleTimeout = Annotated[
     float | None,
-    typer.Option(min=0.1, help="Seconds after which a rule counts as hanging: 300; long ones 3600.")
+    typer.Option(
+        min=0.1, help="Seconds after which a rule counts as hanging: 300; long ones 3600."
+    ),
 ]
 TIMEOUT, LONG_TIMEOUT = 300.0, 3600.0
 
@@ -73,7 +75,8 @@ def check(
     device: Device = None,
     seed: Annotated[int, typer.Option(help="What the search starts from.")] = 0,
     long: Annotated[
-        int, typer.Option(min=0, metavar="TOKENS", help="Run the stage long at this length instead.")
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Run the stage long instead."),
     ] = 0,
     known_failures: Annotated[
         Path | None, typer.Option(help="Lines 'rule-id[function] reason'; strict.")

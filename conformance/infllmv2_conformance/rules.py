@@ -222,7 +222,12 @@ _ALL = [
             ("compress", "All windows of a long context are right.", ("compress_keys",), ()),
             ("score", "Scores are right behind a long context.", ("score_windows",), ()),
             ("pool", "Scores are pooled rightly behind a long context.", ("pool_blocks",), ()),
-            ("block-scores", "Fused scores are right behind a long context.", ("score_blocks",), ()),
+            (
+                "block-scores",
+                "Fused scores are right far back, too.",
+                ("score_blocks",),
+                (),
+            ),
             ("select", "Selections follow from the scores of many blocks.", ("select_blocks",), ()),
             ("fused-select", "Selections among many blocks are certified.", ("select",), ()),
             ("attend", "Blocks far back are attended rightly.", ("attend",), ()),

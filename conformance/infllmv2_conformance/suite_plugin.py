@@ -113,8 +113,8 @@ class SuitePlugin:
             check_names("stage", option(self.config, "stage"), STAGES)
             path, case = option(self.config, "known-failures"), option(self.config, "case")
             self.length = int(option(self.config, "long"))
-            asked = (option(self.config, name) for name in ("stage", "rule"))
-            check_length(self.length, *asked, case)
+            stages, rules = option(self.config, "stage"), option(self.config, "rule")
+            check_length(self.length, stages, rules, case)
             self.known = read_known_failures(Path(path)) if path else {}
             self.only = _parse_case(case) if case else None
             self.candidate = load(option(self.config, "impl"))
@@ -170,10 +170,11 @@ class SuitePlugin:
         untested = sorted(set(RULES) - {course.rule.id for course in courses})
         if untested:
             self._refuse(f"these rules have no test: {', '.join(untested)}")
-        found = {(course.rule.id, course.function) for course in courses}
-        for key, entry in self.known.items():
-            if key not in found:
-                self._refuse(f"{entry.place}: {entry.name} is not claimed")
+        for entry in self.known.values():
+            missing = self._missing(RULES[entry.rule], entry.function)
+            if missing:
+                what = f"{entry.place}: {entry.name} is not claimed: needs {' and '.join(missing)}"
+                self._refuse(what)
 
     def _wanted(self, course: Course, begun: set[tuple[str, str]]) -> bool:
         stages, rules = option(self.config, "stage"), option(self.config, "rule")
@@ -242,15 +243,20 @@ class SuitePlugin:
         return course.runner
 
     def _check_claimed(self, course: Course) -> None:
-        rule, offers = course.rule, self.candidate.offers
-        if rule.each:
-            missing = [] if course.function else ["any function"]
-        else:
-            missing = [name for name in rule.functions if not offers(name)]
-        claims = self.candidate.capabilities
-        missing += [name for name in rule.claims if not getattr(claims, name)]
+        missing = self._missing(course.rule, course.function)
         if missing:
             pytest.skip(NOT_CLAIMED + " and ".join(missing))
+
+    def _missing(self, rule: Rule, function: str) -> list[str]:
+        """Return what the implementation lacks for a rule to apply."""
+        if rule.each:
+            needed = (function,) if function in rule.functions else ()
+            missing = [] if needed else ["any function"]
+        else:
+            needed, missing = rule.functions, list[str]()
+        missing += [name for name in needed if not self.candidate.offers(name)]
+        claims = self.candidate.capabilities
+        return missing + [name for name in rule.claims if not getattr(claims, name)]
 
     # What became of it
 

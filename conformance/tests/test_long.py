@@ -1,4 +1,4 @@
-"""The stage `long`: its oracle is the ordinary one, its inputs repeat, its rows include the corners."""
+"""The stage `long`: its oracle is the ordinary one, its inputs repeat, its rows have corners."""
 
 from __future__ import annotations
 

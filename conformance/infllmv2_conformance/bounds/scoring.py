@@ -116,9 +116,7 @@ def scores_at(
     return Bounded(value, bound.masked_fill(dead, 0.0))
 
 
-def _ended(
-    positions: Int[Tensor, "T"], count: int, size: int, stride: int
-) -> Bool[Tensor, "T C"]:
+def _ended(positions: Int[Tensor, "T"], count: int, size: int, stride: int) -> Bool[Tensor, "T C"]:
     """Say which of `count` windows have ended by each position (decision D2)."""
     ends = torch.arange(count, device=positions.device) * stride + (size - 1)
     return ends <= positions[:, None]

@@ -190,4 +190,3 @@ def _claims_released_blocks(claims: Capabilities) -> bool:
     return (sizes is None or RELEASED["block_size"] in sizes) and (
         windows is None or window in windows
     )
-

@@ -13,7 +13,7 @@ from infllmv2_conformance.programs import parse_steps, write_steps
 from infllmv2_conformance.trial import Trial
 from infllmv2_reference.layout import Span, cu_seqlens_of
 
-from .judges import judge_attention
+from .judges import Part, judge_attention
 from .oracle import LongOracle
 from .trials import long_oracle
 
@@ -93,7 +93,8 @@ def _decode(
     pieces = _view(trial, oracle, q, cu_seqlens_q, lengths).split("attention", result)
     for span, piece in zip(asked, pieces, strict=True):
         sparse = oracle.config.is_sparse(span.num_keys)
-        judge_attention(piece, span, list(range(span.num_queries)), oracle, trial.note, sparse)
+        part = Part(piece, span, list(range(span.num_queries)), oracle, trial.note)
+        judge_attention(part, sparse)
 
 
 def _asked(span: Span, length: int, count: int) -> Span:

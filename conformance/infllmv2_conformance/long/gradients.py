@@ -112,9 +112,7 @@ def _expected(
     k, v = (x[rows, head : head + 1].cpu() for x in (inputs.k, inputs.v))
     every = torch.arange(-(-len(tokens) // size), dtype=torch.int32)[None, None]
     q, g = (x[one.queries, heads].cpu() for x in (inputs.q, sent))
-    return bounds.attend_gradients(
-        q, k, v, every, g, size, oracle.arithmetic, oracle.case.dtype
-    )
+    return bounds.attend_gradients(q, k, v, every, g, size, oracle.arithmetic, oracle.case.dtype)
 
 
 def _check_rest(gradients: Gradients) -> None:

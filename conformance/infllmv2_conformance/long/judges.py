@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,31 @@ from .rows import rows_to_judge
 Note = Callable[[float], None]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Hold one sequence's part of a result, and what it is judged by.
+
+    Args:
+        piece: what was returned for the sequence.
+        span: the sequence.
+        rows: which of its rows are judged.
+        oracle: what they must be.
+        note: takes the worst difference over its bound.
+    """
+
+    piece: Piece
+    span: Span
+    rows: list[int]
+    oracle: LongOracle
+    note: Note
+
+    @property
+    def result(self) -> Tensor:
+        """Return the first tensor of the piece, which is always there."""
+        assert self.piece[0] is not None
+        return self.piece[0]
+
+
 def judge_rows(
     function: str, pieces: Sequence[Piece], oracle: LongOracle, given: dict[str, Any], note: Note
 ) -> None:
@@ -45,7 +71,7 @@ def judge_rows(
     """
     for span, piece in zip(oracle.spans, pieces, strict=True):
         rows = [] if function == "compress_keys" else rows_of(oracle, span)
-        _JUDGES[function](piece, span, rows, oracle, given, note)
+        _JUDGES[function](Part(piece, span, rows, oracle, note), given)
 
 
 def rows_of(oracle: LongOracle, span: Span) -> list[int]:
@@ -81,184 +107,118 @@ def moved(tokens: Tensor | None = None, **by: int) -> Generator[None]:
         raise
 
 
-def _windows(
-    piece: Piece,
-    span: Span,
-    _: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
+def _windows(part: Part, given: dict[str, Any]) -> None:
     size, stride = given["kernel_size"], given["kernel_stride"]
-    keys, what = oracle.inputs.k[span.keys], "a window is not the mean of its keys"
+    oracle, span, what = part.oracle, part.span, "a window is not the mean of its keys"
     for windows, tokens in window_chunks(span.num_keys, size, stride):
-        mean = bounds.compress(keys[tokens], size, stride, oracle.arithmetic)
+        keys = oracle.inputs.k[span.keys][tokens]
+        mean = bounds.compress(keys, size, stride, oracle.arithmetic)
         expected = Bounded(mean.value.cpu(), mean.bound.cpu())
         with moved(window=windows.start):
-            check_values(what, _t(piece[0])[windows], expected, span, "windows", note)
+            check_values(what, part.result[windows], expected, span, "windows", part.note)
 
 
-def _scores(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    kernel = oracle.config.kernel_size, oracle.config.kernel_stride
-    for row, score in oracle.scores_at(span, rows):
-        one = row_span(span, row)
-        seen = num_visible_windows(one.num_keys - 1, *kernel)
+def _scores(part: Part, _: dict[str, Any]) -> None:
+    c = part.oracle.config
+    for row, score in part.oracle.scores_at(part.span, part.rows):
+        one, what = row_span(part.span, row), "a window's score is wrong"
+        seen = num_visible_windows(one.num_keys - 1, c.kernel_size, c.kernel_stride)
         expected = Bounded(score.value[:, None, :seen].cpu(), score.bound[:, None, :seen].cpu())
-        actual = _t(piece[0])[:, row : row + 1, :seen]
+        actual = part.result[:, row : row + 1, :seen]
         with moved(query=row):
-            check_values("a window's score is wrong", actual, expected, one, "scores", note)
+            check_values(what, actual, expected, one, "scores", part.note)
 
 
-def _block_scores(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    for row, expected in oracle.block_scores_at(span, rows):
-        one = row_span(span, row)
-        actual = _t(piece[0])[:, row : row + 1, : expected.value.shape[-1]]
-        mask = competing_blocks(one, oracle.config)
-        what = "a block's score is wrong"
+def _block_scores(part: Part, _: dict[str, Any]) -> None:
+    for row, expected in part.oracle.block_scores_at(part.span, part.rows):
+        one, what = row_span(part.span, row), "a block's score is wrong"
+        actual = part.result[:, row : row + 1, : expected.value.shape[-1]]
+        mask = competing_blocks(one, part.oracle.config)
         with moved(query=row):
-            check_values(what, actual, expected, one, "block_scores", note, mask)
+            check_values(what, actual, expected, one, "block_scores", part.note, mask)
 
 
-def _pooled(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    c, what = oracle.config, "a block's score is not the highest of its visible windows"
-    table = windows_of_blocks(num_blocks(span.num_keys, c.block_size), c)
-    for row in rows:
-        one = row_span(span, row)
+def _pooled(part: Part, given: dict[str, Any]) -> None:
+    c, what = part.oracle.config, "a block's score is not the highest of its visible windows"
+    table = windows_of_blocks(num_blocks(part.span.num_keys, c.block_size), c)
+    for row in part.rows:
+        one = row_span(part.span, row)
         seen = num_visible_windows(one.num_keys - 1, c.kernel_size, c.kernel_stride)
         blocks = num_blocks(one.num_keys, c.block_size)
-        scores = given["scores"][:, one.queries, :seen].cpu()
-        expected = pool_rows(scores, table[:blocks])
-        actual = _t(piece[0])[:, row : row + 1, :blocks]
+        expected = pool_rows(given["scores"][:, one.queries, :seen].cpu(), table[:blocks])
+        actual = part.result[:, row : row + 1, :blocks]
         with moved(query=row):
             check_same_bits(what, actual, expected, one, "block_scores")
 
 
-def _selected(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    for row in rows:
-        one, selected = row_span(span, row), _t(piece[0])[:, row : row + 1]
-        blocks = num_blocks(one.num_keys, oracle.config.block_size)
+def _selected(part: Part, given: dict[str, Any]) -> None:
+    c = part.oracle.config
+    for row in part.rows:
+        one, selected = row_span(part.span, row), part.result[:, row : row + 1]
+        blocks = num_blocks(one.num_keys, c.block_size)
         scores = given["block_scores"][:, one.queries, :blocks].cpu()
         with moved(query=row):
-            check_form(selected, one, oracle.config)
-            check_selection(selected, select_blocks(scores, one.num_keys, oracle.config), one)
+            check_form(selected, one, c)
+            check_selection(selected, select_blocks(scores, one.num_keys, c), one)
 
 
-def _fused_selected(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    _check_selections(_t(piece[0]), span, rows, oracle, note, end_to_end=False)
+def _fused_selected(part: Part, _: dict[str, Any]) -> None:
+    _check_selections(part, part.result, end_to_end=False)
 
 
-def _attended(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    selected = given["selected"][:, span.queries]
-    for row in rows:
-        _check_output(piece, span, row, selected[:, row], oracle, note)
+def _attended(part: Part, given: dict[str, Any]) -> None:
+    selected = given["selected"][:, part.span.queries]
+    for row in part.rows:
+        _check_output(part, row, selected[:, row])
 
 
-def _attention(
-    piece: Piece,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    given: dict[str, Any],
-    note: Note,
-) -> None:
-    judge_attention(piece, span, rows, oracle, note, oracle.config.is_sparse(span.num_keys))
+def _attention(part: Part, _: dict[str, Any]) -> None:
+    judge_attention(part, part.oracle.config.is_sparse(part.span.num_keys))
 
 
-def judge_attention(
-    piece: Piece, span: Span, rows: list[int], oracle: LongOracle, note: Note, sparse: bool
-) -> None:
+def judge_attention(part: Part, sparse: bool) -> None:
     """Fail unless rows of `attention` or `decode` are right.
 
     Output and LSE are judged against the implementation's own selection. Where it does not return
     one, only rows are judged whose selection is certain.
     """
+    oracle, span = part.oracle, part.span
     if not sparse:
-        for row in rows:
+        for row in part.rows:
             last = (span.num_keys - span.num_queries + row) // oracle.config.block_size
-            every = torch.arange(last + 1).expand(oracle.case.kv_heads, -1)
-            _check_output(piece, span, row, every, oracle, note)
-    elif piece[2] is None:
-        for row, scores in oracle.block_scores_at(span, rows, end_to_end=True):
+            _check_output(part, row, torch.arange(last + 1).expand(oracle.case.kv_heads, -1))
+    elif part.piece[2] is None:
+        for row, scores in oracle.block_scores_at(span, part.rows, end_to_end=True):
             one = row_span(span, row)
             selected = select_blocks(scores.value, one.num_keys, oracle.config)
             if _is_certain(selected, scores, one, oracle):
-                _check_output(piece, span, row, selected[:, 0], oracle, note)
+                _check_output(part, row, selected[:, 0])
     else:
-        selected = piece[2]
-        _check_selections(selected, span, rows, oracle, note, end_to_end=True)
-        for row in rows:
-            _check_output(piece, span, row, selected[:, row], oracle, note)
+        selected = part.piece[2]
+        _check_selections(part, selected, end_to_end=True)
+        for row in part.rows:
+            _check_output(part, row, selected[:, row])
 
 
-def _check_selections(
-    selected: Tensor,
-    span: Span,
-    rows: list[int],
-    oracle: LongOracle,
-    note: Note,
-    *,
-    end_to_end: bool,
-) -> None:
-    for row in rows:
+def _check_selections(part: Part, selected: Tensor, *, end_to_end: bool) -> None:
+    oracle, span = part.oracle, part.span
+    for row in part.rows:
         with moved(query=row):
             check_form(selected[:, row : row + 1], row_span(span, row), oracle.config)
-    for row, scores in oracle.block_scores_at(span, rows, end_to_end):
+    for row, scores in oracle.block_scores_at(span, part.rows, end_to_end):
         mine, one = selected[:, row : row + 1], row_span(span, row)
         with moved(query=row):
-            note(check_certificate(mine, scores, one, oracle.config))
+            part.note(check_certificate(mine, scores, one, oracle.config))
 
 
-def _check_output(
-    piece: Piece, span: Span, row: int, selected: Tensor, oracle: LongOracle, note: Note
-) -> None:
-    one, cut = row_span(span, row), slice(row, row + 1)
-    out, lse = oracle.attend_at(span, row, selected)
+def _check_output(part: Part, row: int, selected: Tensor) -> None:
+    one, cut = row_span(part.span, row), slice(row, row + 1)
+    expected_out, expected_lse = part.oracle.attend_at(part.span, row, selected)
+    lse = part.piece[1]
     with moved(query=row):
-        if piece[1] is not None:
-            check_values("the LSE is wrong", piece[1][cut], lse, one, "lse", note)
-        check_values("the output is wrong", _t(piece[0])[cut], out, one, "out", note)
+        if lse is not None:
+            check_values("the LSE is wrong", lse[cut], expected_lse, one, "lse", part.note)
+        check_values("the output is wrong", part.result[cut], expected_out, one, "out", part.note)
 
 
 def _is_certain(selected: Tensor, scores: Bounded, one: Span, oracle: LongOracle) -> bool:
@@ -270,12 +230,7 @@ def _is_certain(selected: Tensor, scores: Bounded, one: Span, oracle: LongOracle
     return bool(((low > high) | ~(~chosen & competing).any(-1)).all())
 
 
-def _t(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
-
-
-_JUDGES: dict[str, Callable[..., None]] = {
+_JUDGES: dict[str, Callable[[Part, dict[str, Any]], None]] = {
     "compress_keys": _windows,
     "score_windows": _scores,
     "pool_blocks": _pooled,

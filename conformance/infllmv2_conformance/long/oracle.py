@@ -108,9 +108,7 @@ class LongOracle(Oracle):
             q, k, v = self._gather(span, row, head, held)
             mask = torch.full((1, 1, 1, len(held)), len(tokens) > 0, device=q.device)
             blocks = torch.full((1, 1, 1), float(count), dtype=torch.float64, device=q.device)
-            part = bounds.attend_tokens(
-                q, k, v, mask, blocks, self.arithmetic, self.case.dtype
-            )
+            part = bounds.attend_tokens(q, k, v, mask, blocks, self.arithmetic, self.case.dtype)
             outs.append(part.out)
             lses.append(part.lse)
         return _joined(outs), _joined(lses)
@@ -135,9 +133,9 @@ class LongOracle(Oracle):
 
 def _joined(heads: list[Bounded]) -> Bounded:
     """Put the key/value heads `[1, G, 1, ...]` side by side: `[1, HQ, ...]`."""
-    values = [torch.cat([x[0] for x in part]) for part in zip(*((h.value, h.bound) for h in heads))]
-    value, bound = (x.transpose(0, 1).cpu() for x in values)
-    return Bounded(value, bound)
+    value = torch.cat([h.value[0] for h in heads]).transpose(0, 1)
+    bound = torch.cat([h.bound[0] for h in heads]).transpose(0, 1)
+    return Bounded(value.cpu(), bound.cpu())
 
 
 def window_chunks(num_keys: int, size: int, stride: int) -> Iterator[tuple[slice, slice]]:

@@ -31,7 +31,10 @@ def unclaimed(golden: Golden, candidate: Candidate) -> str:
     needs = (
         (coarse, not coarse),
         (f"dtype {case.dtype}", case.dtype in claims.dtypes),
-        (f"head_dim {case.head_dim}", claims.head_dims is None or case.head_dim in claims.head_dims),
+        (
+            f"head_dim {case.head_dim}",
+            claims.head_dims is None or case.head_dim in claims.head_dims,
+        ),
         (f"group {case.group}", claims.group_sizes is None or case.group in claims.group_sizes),
         (_config_words(golden), _supports(golden, claims)),
         ("packed", claims.packed or len(case.sequences) == 1),
@@ -105,10 +108,11 @@ def answer(golden: Golden, candidate: Candidate, device: torch.device) -> Answer
         for name, value in golden.given.items()
     }
     function = golden.vector.function
-    special = {"decode": _decode, "attend_gradients": _gradients}
-    call = special.get(function, _stage)
-    answers = call(golden, candidate, given)
-    return {e.name: _cut(answers[e.name], e, golden) for e in golden.expected if e.name in answers}
+    if function == "attend_gradients":
+        answers = _gradients(candidate, given)
+    else:
+        answers = (_decode if function == "decode" else _stage)(golden, candidate, given)
+    return {e.name: _cut(answers[e.name], e) for e in golden.expected if e.name in answers}
 
 
 def _stage(golden: Golden, candidate: Candidate, given: Given) -> Answers:
@@ -132,7 +136,7 @@ def _named(result: Any, names: list[str], function: str) -> Answers:
     return {name: x for name, x in pairs if x is not None}
 
 
-def _gradients(golden: Golden, candidate: Candidate, given: Given) -> Answers:
+def _gradients(candidate: Candidate, given: Given) -> Answers:
     sent = given.pop("grad_out")
     leaves = {n: given[n].clone().requires_grad_() for n in ("q", "k", "v")}
     out = candidate.call("attend", **(given | leaves))[0]
@@ -173,7 +177,7 @@ def _decode(golden: Golden, candidate: Candidate, given: Given) -> Answers:
     return answers
 
 
-def _cut(actual: Tensor, expected: Expected, golden: Golden) -> Tensor:
+def _cut(actual: Tensor, expected: Expected) -> Tensor:
     """Leave out padding: rows behind the last window, columns behind the last window or block."""
     if expected.check == "certificate" or actual.ndim != expected.tensors["value"].ndim:
         return actual

@@ -66,8 +66,6 @@ _SCORE = (
         _SMALL.with_(sequences=((40, 40),)),
         "Rows that see windows of K_C1 and none of K_C2 score 0.",
     ),
-)
-_SCORE += (
     Vector(
         "score-huge-f32",
         "score_windows",
@@ -92,7 +90,7 @@ _SELECT = (
     Vector(
         "select-random",
         "select_blocks",
-        _SMALL.with_(sequences=((30, 400), (17, 17)), topk=18),
+        _SMALL.with_(sequences=((30, 400), (17, 17)), topk=22),
         "Random scores, -inf among them; NaN at forced and at future blocks.",
         "random",
     ),
@@ -107,15 +105,15 @@ _SELECT = (
         "select-tight",
         "select_blocks",
         _ODD.with_(sequences=((25, 150),), topk=3, window_size=16),
-        "A budget of 4 for 2 initial and 2 local blocks.",
-        "random",
+        "A budget of 4 for 2 initial and 2 local blocks, which score -inf.",
+        "worst",
     ),
     Vector(
         "select-paper-preset",
         "select_blocks",
         _SMALL.with_(sequences=((30, 200),), window_size=48, local_override=3),
-        "w / B local blocks, as the paper lists, instead of one more.",
-        "random",
+        "w / B local blocks, as the paper lists, instead of one more; they score -inf.",
+        "worst",
     ),
     Vector("fused-select-bf16", "select", _MIDDLE, "A certificate: near ties are free."),
     Vector("fused-select-released-bf16", "select", _RELEASED, "The released shape."),
@@ -157,7 +155,13 @@ _ATTEND = (
         "More blocks than fit into one tile of most kernels.",
         "random",
     ),
-    Vector("gradients-bf16", "attend_gradients", _SMALL.with_(dtype="bfloat16"), "Of q, k and v.", "random"),
+    Vector(
+        "gradients-bf16",
+        "attend_gradients",
+        _SMALL.with_(dtype="bfloat16"),
+        "Of q, k and v.",
+        "random",
+    ),
     Vector(
         "gradients-f32",
         "attend_gradients",
@@ -246,7 +250,9 @@ _CACHE = (
     Vector(
         "decode-switch-f32",
         "decode",
-        _SMALL.with_(sequences=((110, 110),), dense_len=104, seed=2, steps="a102-d1-a1-d1-a1-d1-a1-d1"),
+        _SMALL.with_(
+            sequences=((110, 110),), dense_len=104, seed=2, steps="a102-d1-a1-d1-a1-d1-a1-d1"
+        ),
         "Dense, and from 104 keys on sparse.",
     ),
 )

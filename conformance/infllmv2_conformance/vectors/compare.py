@@ -141,8 +141,8 @@ def oracle_problem(stored: Expected, today: Expected) -> str:
         return f"its form was {kinds}"
     if sorted(stored.tensors) != sorted(today.tensors):
         return f"it had the tensors {sorted(stored.tensors)}"
-    for name, tensor in stored.tensors.items():
-        other = today.tensors[name]
+    for name, other in today.tensors.items():
+        tensor = stored.tensors[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             return f"{name} was {tensor.dtype} {list(tensor.shape)}"
         if not _same(tensor, other, 1e-6 if name == "bound" else 1e-12):

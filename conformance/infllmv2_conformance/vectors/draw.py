@@ -42,8 +42,8 @@ def draw(vector: Vector) -> Given:
     if vector.function == "select" and vector.kind == "ties":
         given |= _equal_windows(trial)
     if vector.function == "attend_gradients":
-        noise = torch.randn(given["q"].shape, generator=trial.generator)
-        given["grad_out"] = noise.to(given["q"].dtype)
+        q = trial.inputs.q
+        given["grad_out"] = torch.randn(q.shape, generator=trial.generator).to(q.dtype)
     given.pop("config", None)
     return {name: value for name, value in given.items() if value is not None}
 
@@ -65,13 +65,13 @@ def _window_scores(trial: Trial) -> Tensor:
 
 
 def _block_scores(trial: Trial, kind: str) -> Tensor:
-    """Draw scores of blocks, float32 `[HK, total_q, N]`; NaN where they must not be read."""
-    rows: list[Tensor] = []
+    """Draw scores of blocks, float32 `[HK, total_q, N]`; NaN or -inf where they are not read."""
+    rows, unread = list[Tensor](), -torch.inf if kind == "worst" else torch.nan
     for span in trial.oracle.spans:
         shape = (trial.case.kv_heads, *visible_blocks(span, trial.case.config).shape)
         scores = torch.rand(shape, generator=trial.generator)
         scores = (scores * 3).floor() if kind == "ties" else scores.where(scores > 0.2, -torch.inf)
-        rows.append(scores.where(competing_blocks(span, trial.case.config), torch.nan))
+        rows.append(scores.where(competing_blocks(span, trial.case.config), unread))
     return pack_rows(rows, trial.oracle)
 
 
@@ -138,4 +138,3 @@ def inputs_of(given: Given) -> Inputs:
         max_seqlen_q=given["max_seqlen_q"],
         max_seqlen_k=given["max_seqlen_k"],
     )
-

@@ -214,9 +214,8 @@ def _decode(vector: Vector, given: Given) -> list[Expected]:
     for step, (op, counts) in enumerate(parse_steps(vector.case.steps)):
         if op == "a":
             for name in ("k", "v", "selection_k"):
-                new = given.get(f"{step}.{name}")
-                for parts, more in zip(held, () if new is None else new.split(list(counts))):
-                    parts[name] = torch.cat([parts[name], more]) if name in parts else more
+                if f"{step}.{name}" in given:
+                    _append(held, name, given[f"{step}.{name}"].split(list(counts)))
         elif op == "d":
             now = _step_inputs(held, given, step, counts)
             lengths = tuple(zip(counts, now["cu_seqlens_k"].diff().tolist(), strict=True))
@@ -226,6 +225,12 @@ def _decode(vector: Vector, given: Given) -> list[Expected]:
             for parts, length in zip(held, given[f"{step}.lengths"].tolist(), strict=True):
                 parts |= {name: x[:length] for name, x in parts.items()}
     return results
+
+
+def _append(held: list[dict[str, Tensor]], name: str, new: Sequence[Tensor]) -> None:
+    """Add rows of one tensor to what every sequence holds."""
+    for parts, more in zip(held, new, strict=True):
+        parts[name] = torch.cat([parts[name], more]) if name in parts else more
 
 
 def _step_inputs(

@@ -276,4 +276,3 @@ def read_answers(folder: Path, name: str) -> dict[str, Tensor] | None:
         return safetensors.torch.load(_read_bytes(path, MAX_FILE))
     except SafetensorError as error:
         raise VectorsError(f"{path} is no safetensors file: {error}") from None
-

@@ -1,4 +1,4 @@
-"""Faults that show behind a long context alone: no profile draws sequences of more than 8000 tokens.
+"""Faults that show behind a long context alone: no profile draws more than 8000 tokens.
 
 Offsets overflow at 2**31 in practice, which takes a GPU's memory to reach; here a power of two
 stands for it that no ordinary case reaches, and that a long case on a CPU does.
