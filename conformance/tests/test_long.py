@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -244,8 +245,24 @@ def narrow(candidate: Candidate) -> Candidate:
     return Candidate(candidate.name, candidate.target, claims)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests share the cores with others: two threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
-def small_work(monkeypatch) -> None:
+def few_rows(monkeypatch) -> None:
+    """Judge a third of the rows that a check judges."""
+    monkeypatch.setattr("infllmv2_conformance.long.rows.CORNERS", 10)
+    monkeypatch.setattr("infllmv2_conformance.long.rows.DRAWN", 10)
+
+
+@pytest.fixture
+def small_work(monkeypatch, few_rows) -> None:
     """Let calls be smaller than in a check."""
     monkeypatch.setattr(Means, "of", lambda _: Means(work=1 << 27, size=1 << 28))
 
@@ -262,6 +279,7 @@ def test_eager_passes(rule):
     assert run.tally.cases >= 2
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("name", LONG_MUTANTS)
 def test_long_rules_kill_what_ordinary_ones_do_not(name, monkeypatch):
     """The rule that must kill it does, and ordinary rules of the same functions pass it."""
@@ -339,6 +357,7 @@ def test_a_wrong_number_is_reported_where_it_is(function):
     assert keys == 1500
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_repeating_a_case_needs_no_length():
     case = Plan(narrow(load("eager")).capabilities, Means.of(CPU), 2000).released(rows=3)
     run = replace(runner(narrow(load("eager")), "long.attend", 0), only=case)
