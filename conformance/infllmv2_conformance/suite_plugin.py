@@ -26,6 +26,7 @@ from .events import EventLog, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .loading import load
+from .long.inputs import check_long_case
 from .names import STAGES, check_length, check_names
 from .plugin import SUITE, option
 from .profiles import PROFILES
@@ -117,6 +118,8 @@ class SuitePlugin:
             check_length(self.length, stages, rules, case)
             self.known = read_known_failures(Path(path)) if path else {}
             self.only = _parse_case(case) if case else None
+            if self.only and any(RULES[name].stage == LONG for name in rules or ()):
+                check_long_case(self.only)
             self.candidate = load(option(self.config, "impl"))
             claims = self.candidate.capabilities
             _check_claimed_length(self.length, claims)

@@ -1,13 +1,13 @@
-"""Run the stage `long` in this process and print what it costs; `test_long.py` starts it.
+"""Run the stage `long` in this process and print what it costs; `test_long_rules.py` starts it.
 
 By hand, for the table in `docs/long-contexts.md`:
 
     python conformance/tests/measure_long.py eager 131072
     python conformance/tests/measure_long.py eager 1048576 --device cuda --rule long.attention
 
-One JSON object a rule: seconds and CPU seconds in the implementation and in the checker, and the peak
-of memory. On a CPU that is the resident size of the process; on CUDA what is allocated beside the
-tensors that the call was given, during the call and while its result is judged.
+One JSON object a rule: seconds and CPU seconds in the implementation and in the checker, and the
+peak of memory. On a CPU that is the resident size of the process; on CUDA what is allocated beside
+the tensors that the call was given, during the call and while its result is judged.
 """
 
 from __future__ import annotations

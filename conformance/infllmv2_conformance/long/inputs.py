@@ -68,8 +68,8 @@ class _Draw:
         return x.repeat_interleave(self.heads // self.case.kv_heads, dim=0)
 
 
-def build_long_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a long case.
+def check_long_case(case: Case) -> None:
+    """Make sure that a case can be drawn here.
 
     Raises:
         UsageError: the regime is not one of long cases, or the case has what they do not.
@@ -77,6 +77,15 @@ def build_long_inputs(case: Case, device: torch.device) -> Inputs:
     if case.regime not in REGIMES or case.use_nope:
         known = ", ".join(REGIMES)
         raise UsageError(f"a long case has the regime {known}, and no use_nope, but it is: {case}")
+
+
+def build_long_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the tensors of a long case.
+
+    Raises:
+        UsageError: the case is not one that can be drawn here.
+    """
+    check_long_case(case)
     dtype = getattr(torch, case.dtype)
     q_lengths, k_lengths = [t for t, _ in case.sequences], [s for _, s in case.sequences]
     tensors: dict[str, Tensor] = {}
