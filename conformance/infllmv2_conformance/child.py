@@ -46,11 +46,6 @@ class Order:
     fail_fast: bool = False
 
     @property
-    def is_long(self) -> bool:
-        """Say whether rules of the stage `long` run."""
-        return bool(self.long) or any(name.startswith(f"{LONG}.") for name in self.rule)
-
-    @property
     def size(self) -> str:
         """Return the size of the search as a report names it: a profile, or "long 131072"."""
         return f"{LONG} {self.long}" if self.long else self.profile
@@ -73,7 +68,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=_environment(order),
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then ends the child
             )
 
@@ -159,13 +154,12 @@ def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"--infllmv2-{name}={value}"]
 
 
-def _environment(order: Order) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     env.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache / "infllmv2" / "hypothesis"))
-    if not order.is_long:
-        env.setdefault("OMP_NUM_THREADS", "1")  # cases are small: threads would only wait
+    env.setdefault("OMP_NUM_THREADS", "1")  # cases are small: threads would only wait
     paths = [*_source_folders(), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return env

@@ -47,9 +47,9 @@ class Means:
         is that much memory, scores whose offsets exceed 2**31.
         """
         if device.type == "cpu":
-            return cls(work=1 << 32, size=1 << 28)
-        free, _ = torch.cuda.mem_get_info(device)
-        return cls(work=1 << 49, size=min(free // 5, 9 << 30))
+            return cls(work=1 << 33, size=1 << 28)
+        _, total = torch.cuda.mem_get_info(device)
+        return cls(work=1 << 49, size=min(total // 5, 9 << 30))
 
 
 @dataclass(frozen=True)
