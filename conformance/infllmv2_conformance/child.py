@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from .rules import LONG
+
 PACKAGE = Path(__file__).parent
 PACKAGES = ("infllmv2_conformance", "infllmv2_reference", "infllmv2_impls")
 STACK_HEADS = ("Current thread", "Stack (most recent call first)")
@@ -38,9 +40,15 @@ class Order:
     rule: tuple[str, ...] = ()
     function: tuple[str, ...] = ()
     case: str | None = None
+    long: int = 0
     rule_timeout: float = 300.0
     workers: int = 0
     fail_fast: bool = False
+
+    @property
+    def size(self) -> str:
+        """Return the size of the search as a report names it: a profile, or "long 131072"."""
+        return f"{LONG} {self.long}" if self.long else self.profile
 
 
 class Child:
@@ -135,6 +143,7 @@ def _command(order: Order, events: Path, resume: bool) -> list[str]:
         *_option("seed", order.seed),
         *_option("known-failures", order.known_failures),
         *_option("case", order.case),
+        *_option("long", order.long),
         *(word for stage in order.stage for word in _option("stage", stage)),
         *(word for rule in order.rule for word in _option("rule", rule)),
         *(word for function in order.function for word in _option("function", function)),

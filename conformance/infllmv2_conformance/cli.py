@@ -15,12 +15,13 @@ from .bench import command as bench_command
 from .child import Order
 from .errors import UsageError
 from .mutants.command import mutants
-from .names import FUNCTIONS, STAGES, check_names
+from .names import FUNCTIONS, STAGES, check_length, check_names
 from .profiles import PROFILES
 from .report import Run, check_folder, to_run, write_page, write_reports
-from .rules import RULES, Rule
+from .rules import LONG, RULES, Rule
 from .supervisor import Supervisor
 from .terminal import Monitor, make_console, show_failure, show_run
+from .vectors.cli import app as vectors
 from .watch import Watch
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(vectors, name="vectors")
 
 DEVICES = ("cpu", "cuda")
 # typer has click's classes under its own name in some versions, and click's own in others
@@ -41,8 +44,12 @@ Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; unless given, the first that IMPL claims.")
 ]
 RuleTimeout = Annotated[
-    float, typer.Option(min=0.1, help="Seconds after which a rule counts as hanging.")
+    float | None,
+    typer.Option(
+        min=0.1, help="Seconds after which a rule counts as hanging: 300; long ones 3600."
+    ),
 ]
+TIMEOUT, LONG_TIMEOUT = 300.0, 3600.0
 
 
 @app.callback(invoke_without_command=True)
@@ -69,16 +76,21 @@ def check(
     rule: Annotated[list[str] | None, typer.Option(help="Only this rule; repeatable.")] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="What the search starts from.")] = 0,
+    long: Annotated[
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Run the stage long instead."),
+    ] = 0,
     known_failures: Annotated[
         Path | None, typer.Option(help="Lines 'rule-id[function] reason'; strict.")
     ] = None,
-    rule_timeout: RuleTimeout = 300.0,
+    rule_timeout: RuleTimeout = None,
     workers: Annotated[int, typer.Option("-n", min=0, help="Processes to share the work.")] = 0,
     report: Annotated[Path | None, typer.Option(help="Folder for the reports.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at a failure.")] = False,
 ) -> None:
     """Check an implementation against every rule that it claims to follow."""
     _check_selection(stage, rule, profile, device)
+    check_length(long, stage, rule, None)
     if workers and find_spec("xdist") is None:
         raise UsageError("-n needs pytest-xdist: python -m pip install pytest-xdist")
     if report:
@@ -91,7 +103,8 @@ def check(
         known_failures=known_failures,
         stage=tuple(stage or ()),
         rule=tuple(rule or ()),
-        rule_timeout=rule_timeout,
+        long=long,
+        rule_timeout=rule_timeout or (LONG_TIMEOUT if long else TIMEOUT),
         workers=workers,
         fail_fast=fail_fast,
     )
@@ -115,7 +128,7 @@ def repro(
     case: Annotated[str, typer.Option(help="The case, as the failure prints it.")],
     function: Annotated[str | None, typer.Option(help="The function, for contract rules.")] = None,
     device: Device = None,
-    rule_timeout: RuleTimeout = 300.0,
+    rule_timeout: RuleTimeout = None,
 ) -> None:
     """Repeat one case of one rule: exit status 1 if it fails, 0 if it passes."""
     _check_selection(None, [rule], "quick", device)
@@ -127,7 +140,7 @@ def repro(
         rule=(rule,),
         function=functions,
         case=case,
-        rule_timeout=rule_timeout,
+        rule_timeout=rule_timeout or (LONG_TIMEOUT if RULES[rule].stage == LONG else TIMEOUT),
     )
     run = Supervisor(order, Watch()).execute()
     _show_repro(run, rule)

@@ -20,11 +20,11 @@ class Comparison:
     def add_to(self, failure: ConformanceFailure, run: Runner) -> None:
         """Note in a failure which mutants it looks like.
 
-        Mutants themselves are not compared, nor is a single case that is repeated: too many fail
-        alike on one. What goes wrong here must not hide the failure, so it is told in its place.
+        Mutants themselves are not compared, nor is a single case that is repeated, as too many fail
+        alike on one, nor long contexts, of which each costs minutes. What goes wrong here must not hide the failure, so it is told in its place.
         """
         mutant = run.candidate.name.startswith(MUTANT)
-        if mutant or run.only or not failure.case or not self.left:
+        if mutant or run.only or run.length or not failure.case or not self.left:
             return
         self.left -= 1
         from .mutants.build import OriginalMissingError

@@ -39,8 +39,10 @@ def output_gradient(trial: Trial) -> Tensor:
     return torch.randn(q.shape, generator=generator).to(q.dtype).to(q.device)
 
 
-def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradients:
-    """Call a function on leaves and send `output_gradient` back through its output."""
+def differentiate(
+    trial: Trial, function: str, given: dict[str, Any], sent: Tensor | None = None
+) -> Gradients:
+    """Call a function on leaves and send `sent`, or else `output_gradient`, back."""
     leaves = {n: given[n].detach().clone().requires_grad_() for n in ("q", "k", "v")}
     result = trial.candidate.call(function, **(given | leaves))
     trial.split(function, result)
@@ -48,7 +50,7 @@ def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradien
     if not out.requires_grad:
         fail("the output is not differentiable, although gradients are claimed")
     try:
-        out.backward(output_gradient(trial))
+        out.backward(output_gradient(trial) if sent is None else sent)
     except RuntimeError as error:
         fail(f"the backward pass raised {type(error).__name__}: {error}")
     dq, dk, dv = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.values())

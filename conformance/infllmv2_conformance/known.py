@@ -75,4 +75,6 @@ def _parse(line: str, place: str) -> KnownFailure:
     if RULES[rule].each != bool(function):
         form = f"{rule}[function]" if RULES[rule].each else rule
         raise KnownFailuresError(f"{place}: {entry.name} must be written {form}")
+    if function and function not in RULES[rule].functions:
+        raise KnownFailuresError(f"{place}: {rule} does not apply to {function!r}")
     return entry

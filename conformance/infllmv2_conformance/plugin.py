@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rule": {"metavar": "ID", "action": "append", "help": "only this rule"},
     "function": {"metavar": "NAME", "action": "append", "help": "only this contract function"},
     "case": {"metavar": "CASE", "help": "only this case, as a failure prints it"},
+    "long": {"metavar": "TOKENS", "type": int, "default": 0, "help": "run the stage long instead"},
     "events": {"metavar": "FILE", "help": "append what happens as JSON lines"},
     "resume": {"action": "store_true", "help": "leave out rules that the events say have begun"},
 }

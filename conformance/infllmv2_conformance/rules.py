@@ -49,6 +49,8 @@ STAGE_FUNCTIONS = (
     "attention",
 )
 CACHE_FUNCTIONS = ("new_cache", "append", "decode")
+LONG = "long"
+"""The stage that runs only when its length is given: its rules take minutes."""
 
 
 def _rules(functions: tuple[str, ...], *rows: tuple[str, str] | tuple[str, str, str]) -> list[Rule]:
@@ -214,9 +216,37 @@ _ALL = [
             ),
         )
     ),
+    *(
+        Rule(f"{LONG}.{name}", sentence, functions, claims)
+        for name, sentence, functions, claims in (
+            ("compress", "All windows of a long context are right.", ("compress_keys",), ()),
+            ("score", "Scores are right behind a long context.", ("score_windows",), ()),
+            ("pool", "Scores are pooled rightly behind a long context.", ("pool_blocks",), ()),
+            (
+                "block-scores",
+                "Fused scores are right far back, too.",
+                ("score_blocks",),
+                (),
+            ),
+            ("select", "Selections follow from the scores of many blocks.", ("select_blocks",), ()),
+            ("fused-select", "Selections among many blocks are certified.", ("select",), ()),
+            ("attend", "Blocks far back are attended rightly.", ("attend",), ()),
+            (
+                "gradients",
+                "Gradients reach blocks far back, and no others.",
+                ("attend",),
+                ("gradients",),
+            ),
+            ("attention", "The whole forward is right at full length.", ("attention",), ()),
+            ("decode", "Decoding is right behind a long context.", CACHE_FUNCTIONS, ()),
+        )
+    ),
 ]
 
 RULES: dict[str, Rule] = {rule.id: rule for rule in _ALL}
+
+ORDINARY = tuple(rule.id for rule in _ALL if rule.stage != LONG)
+"""The rules that run without a length being given."""
 
 
 def rule(id: str) -> pytest.MarkDecorator:

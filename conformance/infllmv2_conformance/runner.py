@@ -75,6 +75,7 @@ class Runner:
         function: the contract function that a `contract.*` rule is applied to, or "".
         only: run just this case (`infllmv2 repro`).
         shrink: whether a failing case is made smaller before it is reported.
+        length: keys of the long sequence that rules of the stage `long` draw.
         seen: how every case that ran failed, or None if it passed.
     """
 
@@ -86,6 +87,7 @@ class Runner:
     function: str = ""
     only: Case | None = None
     shrink: bool = True
+    length: int = 0
     tally: Tally = field(default_factory=Tally)
     seen: dict[Case, Symptom | None] = field(default_factory=dict[Case, "Symptom | None"])
 
@@ -138,6 +140,15 @@ class Runner:
             except FlakyFailure as flaky:
                 raise self._unstable(flaky, next(iter(failed), None)) from None
             left -= BATCH
+
+    def each(self, cases: Sequence[Case], check: Callable[[Trial], object]) -> None:
+        """Apply `check` to given cases in order; one that fails ends the rule, and is not shrunk.
+
+        Raises:
+            ConformanceFailure: of the first failing case.
+        """
+        for case in cases if self.only is None else [self.only]:
+            self.run_case(case, check)
 
     def unclaimed(self, what: str) -> NoReturn:
         """End the rule as not claimed: the capabilities leave nothing to test."""

@@ -19,6 +19,7 @@ import pytest
 from infllmv2_reference import SPEC_VERSION
 
 from . import device as devices
+from .capabilities import Capabilities
 from .cases import Case
 from .comparison import Comparison
 from .environment import describe_environment, package_version
@@ -27,10 +28,11 @@ from .events import EventLog, EventTail
 from .failure import ConformanceFailure, Finding
 from .known import read_known_failures
 from .loading import load
-from .names import FUNCTIONS, STAGES, check_names
+from .long.inputs import check_long_case
+from .names import FUNCTIONS, STAGES, check_length, check_names
 from .plugin import SUITE, option
 from .profiles import PROFILES
-from .rules import RULES, Rule
+from .rules import LONG, RULES, Rule
 from .runner import Runner
 from .trial import Trial
 from .verdicts import NOT_CLAIMED, Verdict, judge_phase
@@ -115,10 +117,16 @@ class SuitePlugin:
             check_names("rule", option(self.config, "rule"), RULES)
             check_names("stage", option(self.config, "stage"), STAGES)
             path, case = option(self.config, "known-failures"), option(self.config, "case")
+            self.length = int(option(self.config, "long"))
+            stages, rules = option(self.config, "stage"), option(self.config, "rule")
+            check_length(self.length, stages, rules, case)
             self.known = read_known_failures(Path(path)) if path else {}
             self.only = _parse_case(case) if case else None
+            if self.only and any(RULES[name].stage == LONG for name in rules or ()):
+                check_long_case(self.only)
             self.candidate = load(option(self.config, "impl"))
             claims = self.candidate.capabilities
+            _check_claimed_length(self.length, claims)
             self.device = devices.choose_device(claims, option(self.config, "device"))
         except UsageError as error:
             self._refuse(str(error))
@@ -169,16 +177,20 @@ class SuitePlugin:
         untested = sorted(set(RULES) - {course.rule.id for course in courses})
         if untested:
             self._refuse(f"these rules have no test: {', '.join(untested)}")
-        found = {(course.rule.id, course.function) for course in courses}
-        for key, entry in self.known.items():
-            if key not in found:
-                self._refuse(f"{entry.place}: {entry.name} is not claimed")
+        for entry in self.known.values():
+            missing = self._missing(RULES[entry.rule], entry.function)
+            if missing:
+                what = f"{entry.place}: {entry.name} is not claimed: needs {' and '.join(missing)}"
+                self._refuse(what)
 
     def _wanted(self, course: Course, begun: set[tuple[str, str]]) -> bool:
         stages, rules = option(self.config, "stage"), option(self.config, "rule")
         functions = option(self.config, "function")
+        is_long = bool(self.length) or (self.only is not None and bool(rules))
         return (
-            (not stages or course.rule.stage in stages)
+            (self.length == 0 or course.rule.stage == LONG)
+            and (is_long or course.rule.stage != LONG)
+            and (not stages or course.rule.stage in stages)
             and (not rules or course.rule.id in rules)
             and (not functions or not course.rule.each or course.function in functions)
             and (course.rule.id, course.function) not in begun
@@ -233,20 +245,26 @@ class SuitePlugin:
             function,
             self.only,
             shrink=(course.rule.id, function) not in self.known,
+            length=self.length,
             tell=lambda case: self._tell("case", case=case),
         )
         return course.runner
 
     def _check_claimed(self, course: Course) -> None:
-        rule, offers = course.rule, self.candidate.offers
-        if rule.each:
-            missing = [] if course.function else ["any function"]
-        else:
-            missing = [name for name in rule.functions if not offers(name)]
-        claims = self.candidate.capabilities
-        missing += [name for name in rule.claims if not getattr(claims, name)]
+        missing = self._missing(course.rule, course.function)
         if missing:
             pytest.skip(NOT_CLAIMED + " and ".join(missing))
+
+    def _missing(self, rule: Rule, function: str) -> list[str]:
+        """Return what the implementation lacks for a rule to apply."""
+        if rule.each:
+            needed = (function,) if function in rule.functions else ()
+            missing = [] if needed else ["any function"]
+        else:
+            needed, missing = rule.functions, list[str]()
+        missing += [name for name in needed if not self.candidate.offers(name)]
+        claims = self.candidate.capabilities
+        return missing + [name for name in rule.claims if not getattr(claims, name)]
 
     # What became of it
 
@@ -339,6 +357,12 @@ def _size_of_errors() -> int:
     """Return how long stderr is, so that what a rule writes to it can be told from the rest."""
     status = os.fstat(2)
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _check_claimed_length(length: int, claims: Capabilities) -> None:
+    if length > claims.longest_context:
+        claimed = f"the implementation claims longest_context {claims.longest_context}"
+        raise UsageError(f"--long must be at most that, but is {length}: {claimed}")
 
 
 def _parse_case(text: str) -> Case:

@@ -88,7 +88,7 @@ class Supervisor:
         path = order.known_failures
         self._known = read_known_failures(path) if path else {}
         only = {"stages": list(order.stage), "rules": list(order.rule)}
-        self.run = Run(order.impl, order.profile, order.seed, only=only)
+        self.run = Run(order.impl, order.size, order.seed, only=only)
         self._folder = _make_folder()
         self._tail = EventTail(self._folder / "events")
         self._running: dict[int, _Running] = {}

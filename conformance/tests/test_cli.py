@@ -27,6 +27,12 @@ from infllmv2_conformance.rules import RULES
         ("check eager --device tpu", "unknown device 'tpu'; known: cpu, cuda"),
         ("check eager --known-failures nowhere", "known failures nowhere: No such file"),
         ("check eager --report README", "README is not a folder"),
+        ("check eager --stage long", "needs a length: add --long TOKENS"),
+        ("check eager --rule long.attend", "needs a length: add --long TOKENS"),
+        ("check eager --long 131072 --stage attend", "alone, without attend"),
+        ("check eager --long 131072 --rule long.attend --rule pool.edges", "without pool.edges"),
+        ("check eager --long 1000", "--long must be at least 1024, but is 1000"),
+        ("check eager --long -1", "Invalid value for '--long'"),
         ("repro eager --rule contract.form --case sequences=1/1", "add --function NAME"),
         ("repro eager --rule pool.edges --case x --function attend", "takes no --function"),
         ("rules --stage nothing", "unknown stage 'nothing'"),
@@ -48,6 +54,11 @@ def test_usage_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_
     [
         (["check", "nowhere.py:KERNEL"], "there is no file 'nowhere.py'"),
         (["check", "sdpa", "--device", "cuda"], "torch finds no CUDA device"),
+        (["check", "sdpa", "--long", "131072"], "claims longest_context 32768"),
+        (
+            ["repro", "eager", "--rule", "long.compress", "--case", "sequences=1/9,regime=huge"],
+            "a long case has the regime normal, correlated, needles",
+        ),
         (
             ["repro", "sdpa", "--rule", "pool.edges", "--case", "sequences=1/x"],
             "case has sequences='1/x', which does not parse",

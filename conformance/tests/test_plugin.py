@@ -134,6 +134,7 @@ def test_known_failure_of_what_is_not_offered_is_refused(tmp_path, write_fake, r
         ("# fine\ncompress.values", "known:2: compress.values needs a reason"),
         ("compress.values[attend] reason", "must be written compress.values"),
         ("contract.form reason", "must be written contract.form[function]"),
+        ("contract.form[atend] reason", "known:1: contract.form does not apply to 'atend'"),
         ("compress.values a\ncompress.values b", "known:2: compress.values is listed twice"),
         ("[attend] reason", "must be 'rule-id[function] reason'"),
     ],

@@ -28,6 +28,7 @@ EXPLAINED = {
     "attention": "spec/switch.md",
     "decode": "spec/cache.md",
     "contract": "implementing.md",
+    "long": "long-contexts.md",
 }
 
 

@@ -6,21 +6,23 @@ saw, and with it a bound on the error of any implementation that computes in the
 operations, and sums such as `sum p|v|`. `docs/tolerances.md` derives each one.
 """
 
-from .attention import attend
+from .attention import attend, attend_tokens
 from .gradients import attend_gradients
 from .model import Bounded, dtype_name, rounding, unit_roundoff
-from .scoring import block_scores, scores
+from .scoring import block_scores, scores, scores_at
 from .windows import compress, stored_windows
 
 __all__ = [
     "Bounded",
     "attend",
     "attend_gradients",
+    "attend_tokens",
     "block_scores",
     "compress",
     "dtype_name",
     "rounding",
     "scores",
+    "scores_at",
     "stored_windows",
     "unit_roundoff",
 ]

@@ -88,14 +88,41 @@ def attend_rows(
     out_dtype: str,
 ) -> Rows:
     """Bound output and LSE of some queries, the last of them at the last key."""
+    mask, blocks = attended(len(q), len(k), selected, block_size)
+    values = attend_blocks(q.double(), k.double(), v.double(), selected, block_size)
+    return attend_tokens(q, k, v, mask, blocks, arithmetic, out_dtype, values)
+
+
+def attend_tokens(
+    q: Float[Tensor, "T HQ D"],
+    k: Float[Tensor, "S HK D"],
+    v: Float[Tensor, "S HK D"],
+    mask: Bool[Tensor, "HK 1 T S"],
+    blocks: Float[Tensor, "HK 1 T"],
+    arithmetic: Arithmetic,
+    out_dtype: str,
+    values: tuple[Float[Tensor, "T HQ D"], Float[Tensor, "T HQ"]] | None = None,
+) -> Rows:
+    """Bound output and LSE of queries that attend given tokens.
+
+    Args:
+        q: the queries, in the dtype that the implementation saw.
+        k: the keys.
+        v: the values.
+        mask: which tokens each query attends.
+        blocks: how many blocks hold them.
+        arithmetic: what the implementation computes in.
+        out_dtype: the name of the dtype that the output is stored in.
+        values: the reference's output and LSE; computed here unless given, in less memory.
+    """
     heads, precision = k.shape[1], Precision.of(arithmetic, dtype_name(v))
     rows = grouped(q, heads)
-    mask, blocks = attended(len(q), len(k), selected, block_size)
     x = dots(rows, k) * q.shape[-1] ** -0.5
-    error = logit_error(rows, k, precision)
-    softmax = Softmax(x, error, mask, precision, blocks, rounded=True)
-    out, lse = attend_blocks(q.double(), k.double(), v.double(), selected, block_size)
-    out, lse = grouped(out, heads), grouped(lse, heads)
+    softmax = Softmax(x, logit_error(rows, k, precision), mask, precision, blocks, rounded=True)
+    if values is None:
+        out, lse = weigh(softmax.p, v), softmax.lse.masked_fill(softmax.empty, -torch.inf)
+    else:
+        out, lse = grouped(values[0], heads), grouped(values[1], heads)
     error = _out_error(softmax, v, out)
     off = stored(out, error, out_dtype)
     rounding = finite(off) - error

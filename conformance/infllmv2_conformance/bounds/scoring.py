@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
 from infllmv2_conformance.memory import remembered
 from infllmv2_reference import SparseConfig, pool_blocks, score_windows
 from infllmv2_reference.geometry import num_windows
-from infllmv2_reference.score import visible_windows
 
 from .model import FORMATS, Bounded, Precision, drift, dtype_name, relative, stored
 from .softmax import (
@@ -23,7 +22,8 @@ from .softmax import (
 )
 
 _DIVISION_ROUNDINGS = 4
-_Windows = tuple[Float[Tensor, "C HK D"], Float[Tensor, "C HK D"] | None]
+Windows = tuple[Float[Tensor, "C HK D"], Float[Tensor, "C HK D"] | None]
+"""Windows, and how far an implementation's may be off; None means not at all."""
 
 
 @remembered
@@ -61,48 +61,71 @@ def scores(
         c2 = min(num_windows(end, config.lse_kernel_size, config.lse_kernel_stride), len(k_c2))
         first = k_c1[:c1], None if slack1 is None else slack1[:c1]
         second = k_c2[:c2], None if slack2 is None else slack2[:c2]
-        part = _score_rows(q[rows], first, second, end, config, arithmetic)
+        positions = torch.arange(end - len(q[rows]), end, device=q.device)
+        windows = first[0].double(), second[0].double()
+        value = score_windows(q[rows].double(), *windows, end, config)  # [HK, T, C]
+        part = scores_at(positions, q[rows], first, second, config, arithmetic, value)
         value = torch.nn.functional.pad(part.value, (0, total - c1), value=-torch.inf)
         parts.append(Bounded(value, torch.nn.functional.pad(part.bound, (0, total - c1))))
     return Bounded(torch.cat([p.value for p in parts], 1), torch.cat([p.bound for p in parts], 1))
 
 
-def _score_rows(
+def scores_at(
+    positions: Int[Tensor, "T"],
     q: Float[Tensor, "T HQ D"],
-    first: _Windows,
-    second: _Windows,
-    num_keys: int,
+    first: Windows,
+    second: Windows,
     config: SparseConfig,
     arithmetic: Arithmetic,
+    value: Float[Tensor, "HK T C"] | None = None,
 ) -> Bounded:
-    """Bound the scores of some queries, `num_keys` counting up to the last of them."""
+    """Bound the scores of queries at any positions.
+
+    Args:
+        positions: where the queries stand, on the device of `q`.
+        q: the queries, in the dtype that the implementation saw.
+        first: K_C1, and its slack or None.
+        second: K_C2, and its slack or None.
+        config: window lengths and strides, and which normaliser.
+        arithmetic: what the implementation computes in.
+        value: the reference's scores; computed here unless given, which takes less memory.
+
+    Returns:
+        As `scores`.
+    """
     precision = Precision.of(arithmetic, dtype_name(q))
     rows, group = grouped(q, first[0].shape[1]), q.shape[1] // first[0].shape[1]
-    exact = config.lse == "exact"
-    size, stride = config.kernel_size, config.kernel_stride
-    lse_size, lse_stride = config.lse_kernel_size, config.lse_kernel_stride
-    visible = visible_windows(len(q), num_keys, size, stride)  # [T, C]
-    usable = visible if exact else visible_windows(len(q), num_keys, lse_size, lse_stride)
+    c, exact = config, config.lse == "exact"
+    visible = _ended(positions, len(first[0]), c.kernel_size, c.kernel_stride)  # [T, C]
+    usable = visible
+    if not exact:
+        usable = _ended(positions, len(second[0]), c.lse_kernel_size, c.lse_kernel_stride)
     x, error = _logits(rows, first, precision)  # [HK, G, T, C]
     pair = (x, error) if exact else _logits(rows, second, precision)
     normaliser = Softmax(*pair, usable[None, None], precision)
-    value = score_windows(
-        q.double(), first[0].double(), second[0].double(), num_keys, config
-    )  # [HK, T, C]
+    per_head = (x - normaliser.lse[..., None]).exp()  # [HK, G, T, C]
+    dead = ~visible | normaliser.empty[0, 0][:, None]  # [T, C]
+    if value is None:
+        value = per_head.sum(dim=1).masked_fill(dead, 0.0)
+        value = value.masked_fill(~visible, -torch.inf)
     exponent = exponent_error(x, error, normaliser.reach, precision)
     exponent = exponent + normaliser.lse_error[..., None]
     exponent = exponent + drift(_DIVISION_ROUNDINGS, precision.scalar) + precision.summed(group)
-    per_head = (x - normaliser.lse[..., None]).exp().clamp(max=1e300)
-    bound = (per_head * relative(exponent)).sum(dim=1) + group * precision.flush  # [HK, T, C]
-    bound = stored(value, bound, arithmetic.scores)
+    bound = (per_head.clamp(max=1e300) * relative(exponent)).sum(dim=1)  # [HK, T, C]
+    bound = stored(value, bound + group * precision.flush, arithmetic.scores)
     fits = value + bound <= FORMATS[arithmetic.accumulate].largest
     bound = bound.masked_fill(~fits, torch.inf)
-    dead = ~visible | normaliser.empty[0, 0][:, None]  # [T, C]
     return Bounded(value, bound.masked_fill(dead, 0.0))
 
 
+def _ended(positions: Int[Tensor, "T"], count: int, size: int, stride: int) -> Bool[Tensor, "T C"]:
+    """Say which of `count` windows have ended by each position (decision D2)."""
+    ends = torch.arange(count, device=positions.device) * stride + (size - 1)
+    return ends <= positions[:, None]
+
+
 def _logits(
-    rows: Float[Tensor, "HK G T D"], windows: _Windows, precision: Precision
+    rows: Float[Tensor, "HK G T D"], windows: Windows, precision: Precision
 ) -> tuple[Float[Tensor, "HK G T C"], Float[Tensor, "HK G T C"]]:
     """Return exact logits and the bound of their errors."""
     x = dots(rows, windows[0]) * rows.shape[-1] ** -0.5

@@ -47,10 +47,11 @@ def load_mutant(name: str) -> Candidate:
         UsageError: there is none of this id.
         MutantError: it cannot be built.
     """
-    from .bank import MUTANTS
+    from .bank import LONG_MUTANTS, MUTANTS
 
-    check_names("mutant", [name], MUTANTS)
-    return build(MUTANTS[name])
+    known = MUTANTS | LONG_MUTANTS
+    check_names("mutant", [name], known)
+    return build(known[name])
 
 
 def build(mutant: Mutant) -> Candidate:

@@ -13,7 +13,7 @@ import torch
 
 from infllmv2_conformance.memory import remember, remembering
 from infllmv2_conformance.profiles import PROFILES
-from infllmv2_conformance.rules import RULES, Rule
+from infllmv2_conformance.rules import ORDINARY, RULES, Rule
 
 from .bank import MUTANTS
 from .build import INTERPRET, build
@@ -70,7 +70,7 @@ def examine(mutant: Mutant, profile: str, seed: int = 0, full: bool = False) -> 
     expected = RULES[mutant.rule]
     own = apply(expected, candidate, PROFILES[profile], seed, mutant.function)
     others: list[Outcome] = []
-    for rule in RULES.values():
+    for rule in (RULES[name] for name in ORDINARY):
         if not changed.touches(rule) or not (full or _before(rule, expected)):
             continue
         found = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infllmv2_conformance.names import STAGES
-from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.rules import ORDINARY, RULES
 
 from .reasons import REASONS
 from .suite_tests import Outcome
@@ -107,7 +107,7 @@ class Matrix:
         if self.share < least < 1:
             found.append(f"{self.share:.1%} of the mutants are killed; it must be {least:.0%}")
         if self.whole and least == 1:
-            found += [text for rule in RULES for text in self._rule_problems(rule)]
+            found += [text for rule in ORDINARY for text in self._rule_problems(rule)]
         return found
 
     @property

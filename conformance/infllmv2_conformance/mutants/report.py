@@ -7,7 +7,7 @@ from typing import Any
 
 from infllmv2_conformance.environment import describe_environment, package_version
 from infllmv2_conformance.events import plain
-from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.rules import ORDINARY
 
 from .bank import MUTANTS
 from .examine import OTHERS
@@ -33,7 +33,7 @@ def to_json(matrix: Matrix) -> str:
         "whole": matrix.whole,
         "share": matrix.share,
         "problems": matrix.problems(),
-        "rules": {rule: _rule(matrix, rule) for rule in RULES},
+        "rules": {rule: _rule(matrix, rule) for rule in ORDINARY},
         "mutants": [_row(row) for row in matrix.rows],
     }
     return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"

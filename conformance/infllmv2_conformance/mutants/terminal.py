@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.rules import ORDINARY
 
 from .bank import MUTANTS
 from .examine import OTHERS
@@ -60,14 +60,14 @@ def show_grid(console: Console, rows: Iterable[Row]) -> None:
     """Show every mutant against every rule."""
     console.print("\nEvery mutant (row) against every rule (column): # killed, . passed, and")
     console.print("nothing where the mutant does not reach the rule. The columns are, in order:\n")
-    numbers = {rule: i for i, rule in enumerate(RULES)}
+    numbers = {rule: i for i, rule in enumerate(ORDINARY)}
     for rule, i in numbers.items():
         console.print(f"{i + 1:>4} {rule}", soft_wrap=True)
     for digit in (10, 1):
-        line = "".join(str((i + 1) // digit % 10) for i in range(len(RULES)))
+        line = "".join(str((i + 1) // digit % 10) for i in range(len(ORDINARY)))
         console.print(f"{'' if digit > 1 else 'mutant':<{ID}} {line}", soft_wrap=True)
     for row in rows:
-        cells = [" "] * len(RULES)
+        cells = [" "] * len(ORDINARY)
         for outcome in (row.expected, *row.others):
             i = numbers[outcome.rule]
             if outcome.claimed and cells[i] != "#":
@@ -82,7 +82,7 @@ def show_rules(console: Console, matrix: Matrix, full: bool) -> None:
     titles = ("must kill", "kills first", "kills" if full else "kills, of those it ran against")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for rule in RULES:
+    for rule in ORDINARY:
         expected = sum(row.expected.rule == rule for row in matrix.rows)
         first = len(matrix.first_kills(rule))
         if matrix.whole or expected or first:
@@ -90,7 +90,7 @@ def show_rules(console: Console, matrix: Matrix, full: bool) -> None:
             table.add_row(rule, *(str(n) if n else "" for n in counts))
     console.print()
     console.print(table)
-    idle = [rule for rule in RULES if rule in REASONS and not matrix.first_kills(rule)]
+    idle = [rule for rule in ORDINARY if rule in REASONS and not matrix.first_kills(rule)]
     if matrix.whole and idle:
         console.print("Rules that kill nothing first, and why they stay:")
         for rule in idle:

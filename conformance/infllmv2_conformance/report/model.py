@@ -59,7 +59,7 @@ class Run:
 
     Args:
         implementation: what the user called it.
-        profile: size of the search.
+        profile: size of the search, or "long 131072".
         seed: what the search starts from.
         session: what the suite told of itself: capabilities, device, environment, versions.
         plan: (rule, function) of all that was to be run.

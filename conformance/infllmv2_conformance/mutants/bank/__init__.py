@@ -13,6 +13,7 @@ from . import (
     fused,
     gradients,
     kernels,
+    long,
     pool,
     score,
     select,
@@ -44,3 +45,6 @@ MUTANTS: dict[str, Mutant] = _by_id(
         *kernels.MUTANTS,
     ]
 )
+
+LONG_MUTANTS: dict[str, Mutant] = _by_id([*long.MUTANTS])
+"""Faults that no profile can show: the rules of the stage `long` kill them."""
