@@ -12,6 +12,8 @@ from infllmv2_reference.layout import Span
 from . import bounds
 from .bounds import Bounded
 from .failure import fail
+from .guards import Loan
+from .returned import check_plain
 from .trial import Trial
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -40,16 +42,28 @@ def output_gradient(trial: Trial) -> Tensor:
 
 
 def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradients:
-    """Call a function on leaves and send `output_gradient` back through its output."""
-    leaves = {n: given[n].detach().clone().requires_grad_() for n in ("q", "k", "v")}
-    result = trial.candidate.call(function, **(given | leaves))
+    """Call a function on leaves and send `output_gradient` back through its output.
+
+    Arguments and the gradient lie between red zones until the backward pass is over, too.
+    """
+    candidate = trial.candidate
+    loan = Loan(given | {"grad_out": output_gradient(trial)}, candidate.surroundings.zones)
+    grad_out = loan.arguments.pop("grad_out")
+    leaves = [loan.arguments[name].requires_grad_() for name in ("q", "k", "v")]
+    result = candidate.call_on(function, **loan.arguments)
     trial.split(function, result)
     out = result[0]
     if not out.requires_grad:
         fail("the output is not differentiable, although gradients are claimed")
-    try:
-        out.backward(output_gradient(trial))
-    except RuntimeError as error:
-        fail(f"the backward pass raised {type(error).__name__}: {error}")
-    dq, dk, dv = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.values())
-    return dq, dk, dv
+    candidate.guarded(f"the backward pass of {function}", lambda: out.backward(grad_out))
+    loan.check()
+    gradients = [_gradient(name, x) for name, x in zip("qkv", leaves, strict=True)]
+    return gradients[0], gradients[1], gradients[2]
+
+
+def _gradient(name: str, leaf: Tensor) -> Tensor:
+    """Return a copy of what arrived at a leaf; nothing is 0."""
+    if leaf.grad is None:
+        return torch.zeros_like(leaf)
+    check_plain(f"gradient of {name}", leaf.grad)
+    return leaf.grad.clone()

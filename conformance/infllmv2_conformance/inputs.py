@@ -11,6 +11,7 @@ from torch import Tensor
 from infllmv2_reference.layout import Span, cu_seqlens_of, spans
 
 from .cases import Case
+from .memory import remembered
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,7 @@ def build_inputs(case: Case, device: torch.device) -> Inputs:
     Each sequence is drawn on its own and as if it had only queries with a key of their own
     (prefill): a chunk holds the last T of the rows that prefill would hold.
     """
-    dtype = getattr(torch, case.dtype)
-    fill = _FILLS[case.regime]
-    parts: list[tuple[Tensor, ...]] = []
-    for index, (num_queries, num_keys) in enumerate(case.sequences):
-        draws: list[Tensor] = []
-        for which in range(2 if case.use_nope else 1):
-            generator = torch.Generator().manual_seed(case.seed * 1009 + index * 31 + which * 7)
-            q, k, v = fill(_Draw(generator, num_keys, case))
-            draws += [q[num_keys - num_queries :], k, v]
-        parts.append(tuple(draws))
-    heads = (case.query_heads, case.kv_heads, case.kv_heads) * 2
-    empty = [torch.zeros(0, h, case.head_dim) for h in heads]
-    packed = [
-        torch.cat([empty[i], *(p[i] for p in parts)]).to(dtype).to(device).contiguous()
-        for i in range(6 if case.use_nope else 3)
-    ]
+    packed = [x.to(device, copy=True) for x in _draw(case)]
     q_lengths, k_lengths = [t for t, _ in case.sequences], [s for _, s in case.sequences]
     return Inputs(
         q=packed[0],
@@ -124,10 +110,31 @@ def build_inputs(case: Case, device: torch.device) -> Inputs:
     )
 
 
+@remembered
+def _draw(case: Case) -> list[Tensor]:
+    """Draw q, k and v of all sequences, packed, and again for the selection with `use_nope`."""
+    dtype = getattr(torch, case.dtype)
+    fill = _FILLS[case.regime]
+    parts: list[tuple[Tensor, ...]] = []
+    for index, (num_queries, num_keys) in enumerate(case.sequences):
+        draws: list[Tensor] = []
+        for which in range(2 if case.use_nope else 1):
+            generator = torch.Generator().manual_seed(case.seed * 1009 + index * 31 + which * 7)
+            q, k, v = fill(_Source(generator, num_keys, case))
+            draws += [q[num_keys - num_queries :], k, v]
+        parts.append(tuple(draws))
+    heads = (case.query_heads, case.kv_heads, case.kv_heads) * 2
+    empty = [torch.zeros(0, h, case.head_dim) for h in heads]
+    return [
+        torch.cat([empty[i], *(p[i] for p in parts)]).to(dtype).contiguous()
+        for i in range(6 if case.use_nope else 3)
+    ]
+
+
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-class _Draw:
+class _Source:
     """Draw numbers of the shapes of one sequence's q, k and v."""
 
     def __init__(self, generator: torch.Generator, num_keys: int, case: Case) -> None:
@@ -145,24 +152,24 @@ class _Draw:
         return torch.randint(low, high + 1, shape, generator=self.generator).float()
 
 
-def _normal(draw: _Draw) -> Triple:
+def _normal(draw: _Source) -> Triple:
     """Independent standard normal numbers: every block is about as good as any other."""
     return draw.normal()
 
 
-def _peaked(draw: _Draw) -> Triple:
+def _peaked(draw: _Source) -> Triple:
     """Logits with a standard deviation of 8: few tokens carry the softmax."""
     q, k, v = draw.normal()
     return q * 8, k, v
 
 
-def _integers(draw: _Draw) -> Triple:
+def _integers(draw: _Source) -> Triple:
     """Small integers: products, sums and means are exact in every dtype, and ties are many."""
     q, k, v = (draw.integers(-1, 1, h) for h in draw.heads)
     return q, k, v * 2
 
 
-def _needles(draw: _Draw) -> Triple:
+def _needles(draw: _Source) -> Triple:
     """A faint background and a few keys that every query of their head looks for."""
     q, k, v = draw.normal()
     num_keys, group = draw.num_keys, q.shape[1] // k.shape[1]
@@ -175,7 +182,7 @@ def _needles(draw: _Draw) -> Triple:
     return q * 0.5 + 6 * direction.repeat_interleave(group, dim=1), k, v
 
 
-def _constant(draw: _Draw) -> Triple:
+def _constant(draw: _Source) -> Triple:
     """All keys equal, logits exact: every score ties, every token weighs the same."""
     _, _, v = draw.normal()
     q = draw.integers(-1, 1, draw.heads[0])
@@ -183,7 +190,7 @@ def _constant(draw: _Draw) -> Triple:
     return q, k, v
 
 
-def _correlated(draw: _Draw) -> Triple:
+def _correlated(draw: _Source) -> Triple:
     """Neighbouring tokens are alike (AR(1), coefficient 0.97), as in real text."""
     q, k, v = draw.normal()
     for x in (q, k):
@@ -192,19 +199,19 @@ def _correlated(draw: _Draw) -> Triple:
     return q, k, v
 
 
-def _huge(draw: _Draw) -> Triple:
+def _huge(draw: _Source) -> Triple:
     """Logits in the hundreds and values in the thousands: naive exponentials overflow."""
     q, k, v = draw.normal()
     return q * 16, k * 16, v * 2000
 
 
-def _tiny(draw: _Draw) -> Triple:
+def _tiny(draw: _Source) -> Triple:
     """Numbers near the small end of float16: nothing may be flushed or rounded away."""
     q, k, v = draw.normal()
     return q * 1e-3, k * 1e-3, v * 1e-3
 
 
-def _indexed(draw: _Draw) -> Triple:
+def _indexed(draw: _Source) -> Triple:
     """Token j's value is positive in channel j mod D and 0 elsewhere: each token can be told."""
     q, k, v = draw.normal()
     tokens = torch.arange(draw.num_keys)
@@ -213,7 +220,7 @@ def _indexed(draw: _Draw) -> Triple:
     return q * 0.5, k, v
 
 
-_FILLS: dict[str, Callable[[_Draw], Triple]] = {
+_FILLS: dict[str, Callable[[_Source], Triple]] = {
     "normal": _normal,
     "peaked": _peaked,
     "integers": _integers,

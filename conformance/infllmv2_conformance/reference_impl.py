@@ -194,8 +194,12 @@ def _score_blocks(
 
 
 def _by_windows(function: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
-    k_c1 = given["k_c1"].split(given["cu_seqlens_c1"].diff().tolist())
-    k_c2 = given["k_c2"].split(given["cu_seqlens_c2"].diff().tolist())
+    k_c1, k_c2 = (
+        given[f"k_{name}"][: given[f"cu_seqlens_{name}"][-1]].split(
+            given[f"cu_seqlens_{name}"].diff().tolist()
+        )
+        for name in ("c1", "c2")
+    )
     q, config = given["q"], given["config"]
     rows = [
         function(q[s.queries], c1, c2, s.num_keys, config)

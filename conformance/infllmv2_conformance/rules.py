@@ -193,7 +193,11 @@ _ALL = [
             ("contract.inputs-unchanged", "Inputs are not modified.", ()),
             ("contract.fully-written", "Results do not depend on what memory held before.", ()),
             ("contract.form", "Results have the right shape, dtype and device.", ()),
+            ("contract.own-memory", "A result is a plain tensor in memory of its own.", ()),
             ("contract.red-zones", "Nothing outside the tensors is read or written.", ()),
+            ("contract.loose-lengths", "max_seqlen may exceed the longest sequence.", ()),
+            ("contract.settings", "Settings of PyTorch do not matter, and stay as they are.", ()),
+            ("contract.streams", "Work is queued in the current CUDA stream.", ()),
             (
                 "contract.strided",
                 "Non-contiguous inputs give the same result.",
@@ -213,6 +217,12 @@ _ALL = [
                 ("validates",),
             ),
         )
+    ),
+    Rule(
+        "contract.padding-not-read",
+        "Rows and columns behind the last sequence have no influence, nor has what no query needs.",
+        STAGE_FUNCTIONS[1:],
+        each=True,
     ),
 ]
 

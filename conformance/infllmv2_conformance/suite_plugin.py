@@ -114,6 +114,7 @@ class SuitePlugin:
             self.known = read_known_failures(Path(path)) if path else {}
             self.only = _parse_case(case) if case else None
             self.candidate = load(option(self.config, "impl"))
+            self.candidate.owns_interrupts = self.log is not None  # Ctrl-C reaches its parent
             claims = self.candidate.capabilities
             self.device = devices.choose_device(claims, option(self.config, "device"))
         except UsageError as error:

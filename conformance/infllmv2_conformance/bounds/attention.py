@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_conformance.memory import remembered
 from infllmv2_reference import attend_blocks
 from infllmv2_reference.attend import causal_mask
 
@@ -21,6 +22,7 @@ RESCALED = 2
 """Roundings of an online softmax per block that numerator and denominator do not share."""
 
 
+@remembered
 def attend(
     q: Float[Tensor, "T HQ D"],
     k: Float[Tensor, "S HK D"],

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_conformance.memory import remembered
 from infllmv2_reference import attend_blocks
 
 from .attention import RESCALED, Rows, attend_rows, attended
@@ -17,6 +18,7 @@ from .model import FORMATS, Bounded, Precision, drift, dtype_name, finite, relat
 from .softmax import dots, grouped, query_chunks, ungrouped, weigh
 
 
+@remembered
 def attend_gradients(
     q: Float[Tensor, "T HQ D"],
     k: Float[Tensor, "S HK D"],

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_conformance.memory import remembered
 from infllmv2_reference import SparseConfig, pool_blocks, score_windows
 from infllmv2_reference.geometry import num_windows
 from infllmv2_reference.score import visible_windows
@@ -25,6 +26,7 @@ _DIVISION_ROUNDINGS = 4
 _Windows = tuple[Float[Tensor, "C HK D"], Float[Tensor, "C HK D"] | None]
 
 
+@remembered
 def scores(
     q: Float[Tensor, "T HQ D"],
     k_c1: Float[Tensor, "C HK D"],
@@ -107,6 +109,7 @@ def _logits(
     return x, logit_error(rows, windows[0], precision, windows[1])
 
 
+@remembered
 def block_scores(score: Bounded, num_keys: int, config: SparseConfig) -> Bounded:
     """Bound the highest of the scores that overlap each block: `[HK, T, N]`.
 

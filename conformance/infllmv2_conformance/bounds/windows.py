@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_conformance.memory import remembered
 from infllmv2_reference import compress_keys
 
 from .model import Bounded, Precision, dtype_name, relative, stored
@@ -31,6 +32,7 @@ def compress(
     return Bounded(mean, stored(mean, error, dtype_name(k)))
 
 
+@remembered
 def stored_windows(
     k: Float[Tensor, "S HK D"], kernel_size: int, kernel_stride: int, arithmetic: Arithmetic
 ) -> tuple[Float[Tensor, "C HK D"], Float[Tensor, "C HK D"]]:

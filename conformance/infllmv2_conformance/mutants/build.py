@@ -62,6 +62,16 @@ def build(mutant: Mutant) -> Candidate:
     return Candidate(PREFIX + mutant.id, target, replace(claims, **mutant.claims))
 
 
+def build_texts(name: str, texts: Mapping[str, str]) -> Candidate:
+    """Build an implementation from the sources of all modules; it claims what the original does.
+
+    Raises:
+        MutantError: they cannot be imported.
+    """
+    claims = Capabilities.from_mapping(getattr(pristine(), ATTRIBUTE).capabilities)
+    return Candidate(PREFIX + name, getattr(_import(name, texts), ATTRIBUTE), claims)
+
+
 @cache
 def pristine() -> Any:
     """Return the copy without any edit."""

@@ -105,7 +105,7 @@ def _exercise(function: str, case: Case, watch: Any) -> None:
             machine.run([("a", (9,)), ("a", (1, 0, 2)), ("r", (2,)), ("a", (25,)), ("d", (3,))])
             candidate.call("cached_windows", cache=machine.cache)
         else:
-            result = candidate.call(function, **given)
+            result = candidate.call_on(function, **given)
             if function in ("attend", "attention"):
                 result[0].sum().backward()
     finally:
