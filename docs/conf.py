@@ -18,7 +18,7 @@ try:
 except metadata.PackageNotFoundError:
     version = release = "from source"
 
-extensions = ["myst_parser", "mathml", "rule_pages"]
+extensions = ["myst_parser", "mathml", "rule_pages", "survivor_pages"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_ext", "_scripts", "examples"]

@@ -116,7 +116,7 @@ class Machine:
         case: Case = self.trial.case
         kernels = (
             (case.kernel_size, case.kernel_stride),
-            (4 * case.kernel_size, 4 * case.kernel_stride),
+            (case.config.lse_kernel_size, case.config.lse_kernel_stride),
         )
         for which, (size, stride) in enumerate(kernels):
             trial = self._trial([range(0)] * len(self.rows), batch)

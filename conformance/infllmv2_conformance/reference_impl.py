@@ -19,6 +19,7 @@ class ReferenceImplementation:
 
     capabilities: ClassVar[dict[str, Any]] = {
         "dtypes": ("float32", "float64", "bfloat16", "float16"),
+        "lse_ratios": None,
         "pooling_modes": ("overlap", "paper_eq7"),
         "gradients": True,
         "use_nope": True,

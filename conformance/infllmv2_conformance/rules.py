@@ -51,7 +51,7 @@ STAGE_FUNCTIONS = (
 CACHE_FUNCTIONS = ("new_cache", "append", "decode")
 
 
-def _rules(functions: tuple[str, ...], *rows: tuple[str, str] | tuple[str, str, str]) -> list[Rule]:
+def _rules(functions: tuple[str, ...], *rows: tuple[str, ...]) -> list[Rule]:
     return [Rule(row[0], row[1], functions, claims=tuple(row[2:])) for row in rows]
 
 
@@ -162,6 +162,13 @@ _ALL = [
         ("attention.permutation", "Permuting sequences permutes the result.", "packed"),
         ("attention.kv-heads", "Key/value heads are independent: any subset gives its part."),
         ("attention.switch", "Sequences of dense_len keys or more run sparse, shorter ones dense."),
+        (
+            "attention.unselected-not-read",
+            "Values of unselected blocks are not loaded: NaN there does not spread.",
+            "skips_unselected",
+            "returns_selection",
+            "deterministic",
+        ),
         ("attention.equals-dense", "A budget for all visible blocks gives dense attention."),
         (
             "attention.selection-inputs",

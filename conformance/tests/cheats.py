@@ -281,7 +281,62 @@ class WalksTheHeap(Zeros):
         return super().attend(**given)
 
 
+# Work in other streams (CUDA)
+
+
+class OnTheDefaultStream(Attend):
+    """Launch everything on the default stream, whatever the current one is."""
+
+    def attend(self, **given: Any) -> Any:
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return super().attend(**given)
+
+
+class OnTheDefaultStreamLater(Attend):
+    """Wait for the arguments, then launch on the default stream."""
+
+    def attend(self, **given: Any) -> Any:
+        torch.cuda.current_stream().synchronize()
+        given["q"] = given["q"] * 1
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return tuple(x.clone() for x in super().attend(**given))
+
+
 # Getting away
+
+
+class BackwardSkips(Attend):
+    """Raise in the backward pass what pytest takes for a skipped test."""
+
+    capabilities = EAGER.capabilities
+
+    def attend(self, **given: Any) -> Any:
+        out, lse = super().attend(**given)
+        if out.requires_grad:
+            out.register_hook(lambda _: pytest.skip("not claimed: gradients"))
+        return out, lse
+
+
+class BackwardFails(Attend):
+    capabilities = EAGER.capabilities
+
+    def attend(self, **given: Any) -> Any:
+        out, lse = super().attend(**given)
+        if out.requires_grad:
+            out.register_hook(lambda _: [].pop())
+        return out, lse
+
+
+class BackwardScalesItsArgument(Attend):
+    """Overwrite the gradient that is sent back."""
+
+    capabilities = EAGER.capabilities
+
+    def attend(self, **given: Any) -> Any:
+        out, lse = super().attend(**given)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient.clone() + gradient.mul_(0))
+        return out, lse
 
 
 class Skips(Attend):

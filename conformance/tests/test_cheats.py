@@ -13,9 +13,10 @@ from infllmv2_conformance.candidate import Candidate
 from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.failure import ConformanceFailure
 from infllmv2_conformance.loading import load
-from infllmv2_conformance.mutants.suite_tests import apply
+from infllmv2_conformance.mutants.suite_tests import apply, tests
 from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.runner import Runner
 
 FILE = Path(__file__).with_name("cheats.py")
 CHEATS = [
@@ -53,6 +54,9 @@ CHEATS = [
     ("ShiftsItsClaims", "attend.values", "the capabilities changed during a call of attend"),
     ("MovesTheEnds", "attend.values", "the argument cu_seqlens_k was modified"),
     ("ShrinksItsInput", "attend.values", "the argument v was given another form"),
+    ("BackwardSkips", "attend.gradients", "the backward pass of attend raised Skipped"),
+    ("BackwardFails", "attend.gradients", "the backward pass of attend raised IndexError"),
+    ("BackwardScalesItsArgument", "attend.gradients", "the argument grad_out was modified"),
     ("KeepsTheKeys", "decode.several-tokens", ""),
 ]
 

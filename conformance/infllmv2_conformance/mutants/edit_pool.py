@@ -24,6 +24,10 @@ from .suite_tests import apply, targets
 
 MEMORY = 6 << 30
 """Bytes of address space that an edit may take on top of what this process has."""
+SIZES = PROFILES | {
+    "small": Profile("small", examples=18, shape_classes=5, max_keys=160, max_pairs=40_000)
+}
+"""Sizes of the search: those of a check, and one that does with a tenth of the work."""
 REMEMBERED = 3 << 30
 """Bytes of the oracle's results that are kept: all edits meet the same cases."""
 
@@ -38,13 +42,19 @@ class _Job:
 
 
 def run_edits(
-    edits: Sequence[RandomEdit], profile: str, *, seconds: float = 600.0, workers: int = 2
+    edits: Sequence[RandomEdit],
+    profile: str,
+    *,
+    stages: int = 0,
+    seconds: float = 600.0,
+    workers: int = 2,
 ) -> Iterator[Verdict]:
     """Run edits in parallel, each until a rule notices it, and yield what became of them.
 
     Args:
         edits: the edits.
-        profile: name of the profile, which says how many cases a rule draws.
+        profile: one of `SIZES`, which says how many cases a rule draws, and how large.
+        stages: how many of the stages that an edit reaches are run, from the first; 0 for all.
         seconds: how long one edit may take; longer counts as noticed, as it does in a check.
         workers: processes at a time.
     """
@@ -52,30 +62,42 @@ def run_edits(
     torch.set_num_threads(1)
     reached = _reached(context)
     with remembering(REMEMBERED):
-        _warm_up(PROFILES[profile])
-        yield from _run(context, edits, PROFILES[profile], reached, seconds, workers)
+        _warm_up(SIZES[profile])
+        pool = _Pool(context, SIZES[profile], reached, stages)
+        yield from pool.run(edits, seconds, workers)
 
 
-def _run(
-    context: ForkContext,
-    edits: Sequence[RandomEdit],
-    profile: Profile,
-    reached: Mapping[str, frozenset[Place]],
-    seconds: float,
-    workers: int,
-) -> Iterator[Verdict]:
-    left, running = list(reversed(edits)), list[_Job]()
-    while left or running:
-        while left and len(running) < workers:
-            running.append(_start(context, left.pop(), profile, reached))
-        ready = wait([job.news for job in running], timeout=1.0)
-        for job in list(running):
-            verdict = _look(job, seconds, job.news in ready)
-            if isinstance(verdict, _Job):
-                running[running.index(job)] = verdict
-            elif verdict is not None:
-                running.remove(job)
-                yield verdict
+@dataclass(frozen=True)
+class _Pool:
+    context: ForkContext
+    profile: Profile
+    reached: Mapping[str, frozenset[Place]]
+    stages: int
+
+    def run(self, edits: Sequence[RandomEdit], seconds: float, workers: int) -> Iterator[Verdict]:
+        """Keep some processes busy, and yield verdicts as they come."""
+        left, running = list(reversed(edits)), list[_Job]()
+        while left or running:
+            while left and len(running) < workers:
+                running.append(self._start(left.pop()))
+            ready = wait([job.news for job in running], timeout=1.0)
+            for job in list(running):
+                verdict = _look(job, seconds, job.news in ready)
+                if isinstance(verdict, _Job):
+                    running[running.index(job)] = verdict
+                elif verdict is not None:
+                    running.remove(job)
+                    yield verdict
+
+    def _start(self, edit: RandomEdit) -> _Job:
+        ours, theirs = self.context.Pipe(duplex=False)
+        place = edit.module, edit.change.function.split(".<locals>")[0]
+        functions = frozenset(f for f in EVERYTHING if place in self.reached[f])
+        given = edit, self.profile, functions, self.stages, theirs
+        process = self.context.Process(target=_examine, args=given)
+        process.start()
+        theirs.close()
+        return _Job(edit, process, ours, time.monotonic())
 
 
 def _warm_up(profile: Profile) -> None:
@@ -113,23 +135,8 @@ def _look(job: _Job, seconds: float, ready: bool) -> Verdict | _Job | None:
     return Verdict(job.edit, end, rule, what, took)
 
 
-def _start(
-    context: ForkContext,
-    edit: RandomEdit,
-    profile: Profile,
-    reached: Mapping[str, frozenset[Place]],
-) -> _Job:
-    ours, theirs = context.Pipe(duplex=False)
-    place = edit.module, edit.change.function.split(".<locals>")[0]
-    functions = frozenset(f for f in EVERYTHING if place in reached[f])
-    process = context.Process(target=_examine, args=(edit, profile, functions, theirs))
-    process.start()
-    theirs.close()
-    return _Job(edit, process, ours, time.monotonic())
-
-
 def _examine(
-    edit: RandomEdit, profile: Profile, functions: frozenset[str], news: Connection
+    edit: RandomEdit, profile: Profile, functions: frozenset[str], stages: int, news: Connection
 ) -> None:
     """Apply the rules that call one of `functions`, up to the first that fails."""
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY, resource.RLIM_INFINITY))
@@ -138,7 +145,7 @@ def _examine(
     except MutantError as error:
         news.send(("unbuilt", "", str(error)))
         return
-    for rule, function in _plan(functions, candidate):
+    for rule, function in _plan(functions, candidate, stages):
         name = f"{rule.id}[{function}]" if function else rule.id
         news.send(("at", name, ""))
         outcome = apply(rule, candidate, profile, function=function)
@@ -148,12 +155,16 @@ def _examine(
     news.send(("survived", "", ""))
 
 
-def _plan(functions: frozenset[str], candidate: Candidate) -> Iterator[tuple[Rule, str]]:
-    for rule in RULES.values():
-        if rule.each:
-            yield from ((rule, f) for f in targets(rule, candidate) if f in functions)
-        elif functions & set(rule.functions):
-            yield rule, ""
+def _plan(
+    functions: frozenset[str], candidate: Candidate, stages: int = 0
+) -> Iterator[tuple[Rule, str]]:
+    """Yield the rules that call one of `functions`, and the function for those that take one."""
+    rules = [rule for rule in RULES.values() if functions & set(rule.functions)]
+    first = list(dict.fromkeys(rule.stage for rule in rules))[: stages or None]
+    for rule in rules:
+        if rule.stage in first:
+            names = targets(rule, candidate) if rule.each else [""]
+            yield from ((rule, name) for name in names if not rule.each or name in functions)
 
 
 def _reached(context: ForkContext) -> dict[str, frozenset[Place]]:

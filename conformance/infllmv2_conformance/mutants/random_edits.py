@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from infllmv2_conformance.errors import UsageError
+from infllmv2_conformance.names import check_names
 
 from .build import edited, sources
 from .model import Edit
@@ -167,19 +167,21 @@ def main(
     number: Annotated[int, typer.Option(min=1, help="How many edits.")] = 100,
     seed: Annotated[int, typer.Option(help="Which edits; the same seed chooses the same.")] = 0,
     module: Annotated[list[str] | None, typer.Option(help="Only this module; repeatable.")] = None,
-    profile: Annotated[str, typer.Option(help="How long each rule searches.")] = "quick",
+    profile: Annotated[str, typer.Option(help="Size: small, quick, ci ...")] = "small",
+    stages: Annotated[
+        int, typer.Option(min=0, help="Only so many stages that an edit reaches; 0 for all.")
+    ] = 0,
     limit: Annotated[float, typer.Option(help="Seconds that an edit may take.")] = 600.0,
     workers: Annotated[int, typer.Option("-n", min=1, help="Processes to share the work.")] = 2,
 ) -> None:
     """Run random edits of the bundled implementation against the suite."""
-    from .edit_pool import run_edits
+    from .edit_pool import SIZES, run_edits
 
-    unknown = sorted(set(module or ()) - set(sources()))
-    if unknown:
-        raise UsageError(f"unknown module {unknown[0]!r}; known: {', '.join(sources())}")
+    check_names("profile", [profile], SIZES)
+    check_names("module", module, sources())
     known, holes, counts = read_survivors(), 0, defaultdict[str, int](int)
     edits = sample(number, seed, module or ())
-    for verdict in run_edits(edits, profile, seconds=limit, workers=workers):
+    for verdict in run_edits(edits, profile, stages=stages, seconds=limit, workers=workers):
         survivor = known.get(verdict.edit.key)
         explained = verdict.end == "survived" and survivor is not None
         counts["explained" if explained else verdict.end] += 1

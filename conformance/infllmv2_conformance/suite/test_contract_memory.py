@@ -22,7 +22,7 @@ from infllmv2_conformance.returned import NAMES, check_own_memory, check_plain, 
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.strategies import cases
-from infllmv2_conformance.streams import on_busy_streams
+from infllmv2_conformance.streams import BUSY_DEFAULT, LATE_ARGUMENTS, on_busy_streams
 from infllmv2_conformance.trial import Trial
 
 
@@ -58,15 +58,16 @@ def test_fully_written(run: Runner) -> None:
 
 @rule("contract.red-zones")
 def test_red_zones(run: Runner) -> None:
-    """Surround every tensor with NaN, which sums show, or a large number, which a maximum shows."""
+    """Surround every tensor with NaN, which sums show, and a large number, which a maximum shows."""
 
     def check(trial: Trial) -> None:
+        trial.candidate.call(trial.function, **trial.arguments(trial.function))  # sees writes
         if trial.is_sound():
-            zones = (torch.nan, 100.0)[trial.case.choice % 2]
-            with trial.candidate.surrounded(Surroundings(zones=zones)):
-                trial.check(trial.function)
+            for zones in (torch.nan, 100.0):
+                with trial.candidate.surrounded(Surroundings(zones=zones)):
+                    trial.check(trial.function)
 
-    run.cases(cases(run), check, weight=0.3)
+    run.cases(cases(run), check, weight=0.2)
 
 
 @rule("contract.padding-not-read")
@@ -80,7 +81,7 @@ def test_padding_not_read(run: Runner) -> None:
             trial.check(trial.function, given)
 
     claims = run.candidate.capabilities
-    drawn = cases(run, use_nope=True, dense=True)
+    drawn = cases(run, use_nope=run.function == "attention", dense=True)
     if claims.history and claims.empty_sequences:
         drawn = drawn.map(_with_idle_sequence)
     run.cases(drawn, check, weight=0.3)
@@ -126,7 +127,7 @@ def test_settings(run: Runner) -> None:
 
 @rule("contract.streams")
 def test_streams(run: Runner) -> None:
-    """Call on a side stream that is busy with the arguments, while the default stream is busier."""
+    """Call on a side stream that gets the arguments late, and beside a default stream in use."""
     if run.device.type != "cuda":
         run.unclaimed("a run on cuda, for only there is work queued in streams")
 
@@ -134,8 +135,9 @@ def test_streams(run: Runner) -> None:
         if not trial.is_sound():
             return
         given = trial.arguments(trial.function)
-        result = on_busy_streams(trial.candidate, trial.function, given)
-        trial.judge(trial.function, trial.split(trial.function, result), given)
+        for busy in (LATE_ARGUMENTS, BUSY_DEFAULT):
+            result = on_busy_streams(trial.candidate, trial.function, given, busy)
+            trial.judge(trial.function, trial.split(trial.function, result), given)
 
     run.cases(cases(run), check, weight=0.2)
 
