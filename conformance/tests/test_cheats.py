@@ -76,9 +76,23 @@ def test_cheat_is_exposed(name: str, rule: str, how: str) -> None:
     assert how in what
 
 
-@pytest.mark.parametrize(
-    "rule", sorted({rule for _, rule, _ in CHEATS} - {"decode.several-tokens"})
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has streams")
+@pytest.mark.parametrize("name", ["OnTheDefaultStream", "OnTheDefaultStreamLater"])
+def test_work_in_another_stream_is_exposed(name: str) -> None:
+    candidate, device = load(f"{FILE}:{name}"), torch.device("cuda")
+    size, rule = PROFILES["quick"], "contract.streams"
+    run = Runner(candidate, size, device, seed=0, rule=rule, function="attend", shrink=False)
+    with pytest.raises(ConformanceFailure, match="is wrong"):
+        tests()[rule](run)
+    run.candidate = load(f"{FILE}:Attend")
+    tests()[rule](run)
+
+
+OTHERS = {"decode.several-tokens", "attend.gradients"}
+"""Rules that `Attend` does not claim."""
+
+
+@pytest.mark.parametrize("rule", sorted({rule for _, rule, _ in CHEATS} - OTHERS))
 def test_honesty_passes(rule: str) -> None:
     """The rules above expose the cheat, not the class that it is written in."""
     assert judged(load(f"{FILE}:Attend"), rule) == ""

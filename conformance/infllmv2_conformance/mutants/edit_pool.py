@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import resource
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ SIZES = PROFILES | {
     "small": Profile("small", examples=18, shape_classes=5, max_keys=160, max_pairs=40_000)
 }
 """Sizes of the search: those of a check, and one that does with a tenth of the work."""
+SLEEPS = 30
+"""By how much more a rule may take on the clock, since the machine may be busy."""
 REMEMBERED = 3 << 30
 """Bytes of the oracle's results that are kept: all edits meet the same cases."""
 
@@ -46,7 +50,7 @@ def run_edits(
     profile: str,
     *,
     stages: int = 0,
-    seconds: float = 600.0,
+    seconds: int = 60,
     workers: int = 2,
 ) -> Iterator[Verdict]:
     """Run edits in parallel, each until a rule notices it, and yield what became of them.
@@ -55,7 +59,7 @@ def run_edits(
         edits: the edits.
         profile: one of `SIZES`, which says how many cases a rule draws, and how large.
         stages: how many of the stages that an edit reaches are run, from the first; 0 for all.
-        seconds: how long one edit may take; longer counts as noticed, as it does in a check.
+        seconds: of the CPU that one rule may take; longer counts as noticed, as it does in a check.
         workers: processes at a time.
     """
     context = multiprocessing.get_context("fork")
@@ -63,8 +67,8 @@ def run_edits(
     reached = _reached(context)
     with remembering(REMEMBERED):
         _warm_up(SIZES[profile])
-        pool = _Pool(context, SIZES[profile], reached, stages)
-        yield from pool.run(edits, seconds, workers)
+        pool = _Pool(context, SIZES[profile], reached, stages, seconds)
+        yield from pool.run(edits, workers)
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ class _Pool:
     profile: Profile
     reached: Mapping[str, frozenset[Place]]
     stages: int
+    seconds: int
 
-    def run(self, edits: Sequence[RandomEdit], seconds: float, workers: int) -> Iterator[Verdict]:
+    def run(self, edits: Sequence[RandomEdit], workers: int) -> Iterator[Verdict]:
         """Keep some processes busy, and yield verdicts as they come."""
         left, running = list(reversed(edits)), list[_Job]()
         while left or running:
@@ -82,7 +87,7 @@ class _Pool:
                 running.append(self._start(left.pop()))
             ready = wait([job.news for job in running], timeout=1.0)
             for job in list(running):
-                verdict = _look(job, seconds, job.news in ready)
+                verdict = _look(job, SLEEPS * self.seconds, job.news in ready)
                 if isinstance(verdict, _Job):
                     running[running.index(job)] = verdict
                 elif verdict is not None:
@@ -93,7 +98,7 @@ class _Pool:
         ours, theirs = self.context.Pipe(duplex=False)
         place = edit.module, edit.change.function.split(".<locals>")[0]
         functions = frozenset(f for f in EVERYTHING if place in self.reached[f])
-        given = edit, self.profile, functions, self.stages, theirs
+        given = edit, self.profile, functions, self.stages, self.seconds, theirs
         process = self.context.Process(target=_examine, args=given)
         process.start()
         theirs.close()
@@ -114,7 +119,7 @@ def _warm_up(profile: Profile) -> None:
                 raise RuntimeError(f"the unedited implementation fails {rule.id}: {outcome.what}")
 
 
-def _look(job: _Job, seconds: float, ready: bool) -> Verdict | _Job | None:
+def _look(job: _Job, seconds: int, ready: bool) -> Verdict | _Job | None:
     """Return what became of a job, or the job with the rule that it is at, or None."""
     took = time.monotonic() - job.since
     if not ready:
@@ -122,11 +127,13 @@ def _look(job: _Job, seconds: float, ready: bool) -> Verdict | _Job | None:
             return None
         job.process.kill()
         job.process.join()
-        return Verdict(job.edit, "time", job.rule, f"did not end within {seconds:g} s", took)
+        return Verdict(job.edit, "time", job.rule, f"did not end within {seconds} s", took)
     try:
         end, rule, what = job.news.recv()
     except EOFError:
         job.process.join()
+        if job.process.exitcode == -signal.SIGXCPU:
+            return Verdict(job.edit, "time", job.rule, "took too long", took)
         how = f"exit status {job.process.exitcode}"
         return Verdict(job.edit, "died", job.rule, how, took)
     if end == "at":
@@ -136,7 +143,12 @@ def _look(job: _Job, seconds: float, ready: bool) -> Verdict | _Job | None:
 
 
 def _examine(
-    edit: RandomEdit, profile: Profile, functions: frozenset[str], stages: int, news: Connection
+    edit: RandomEdit,
+    profile: Profile,
+    functions: frozenset[str],
+    stages: int,
+    seconds: int,
+    news: Connection,
 ) -> None:
     """Apply the rules that call one of `functions`, up to the first that fails."""
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY, resource.RLIM_INFINITY))
@@ -148,6 +160,8 @@ def _examine(
     for rule, function in _plan(functions, candidate, stages):
         name = f"{rule.id}[{function}]" if function else rule.id
         news.send(("at", name, ""))
+        used = math.ceil(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
         outcome = apply(rule, candidate, profile, function=function)
         if outcome.killed:
             news.send(("killed", name, outcome.what))

@@ -37,6 +37,9 @@ ARITHMETIC: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {
     ast.LShift: (ast.RShift,),
     ast.RShift: (ast.LShift,),
 }
+UNSEEN = ("strict", "device")
+"""Keywords that are left alone: a check of our own, and what only shows on another device."""
+COMMUTATIVE = ("max", "min", "maximum", "minimum")
 NOT_COMMUTATIVE = (ast.Sub, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 OPPOSITES = (
     ("min", "max"),
@@ -170,7 +173,7 @@ def _augmented(statement: ast.AugAssign) -> Iterator[Edit]:
 
 
 def _expression_edits(expression: ast.expr) -> Iterator[Edit]:
-    skipped = {id(n) for a in _annotations(expression) for n in ast.walk(a)}
+    skipped = {id(n) for part in _left_alone(expression) for n in ast.walk(part)}
     for node in ast.walk(expression):
         if id(node) in skipped:
             continue
@@ -181,8 +184,13 @@ def _expression_edits(expression: ast.expr) -> Iterator[Edit]:
             yield from (("slice bound", node, after) for after in _slices(node))
 
 
-def _annotations(expression: ast.expr) -> list[ast.expr]:
-    return [n.annotation for n in ast.walk(expression) if isinstance(n, ast.arg) and n.annotation]
+def _left_alone(expression: ast.expr) -> Iterator[ast.expr]:
+    """Yield annotations, and the values of keywords that show nothing."""
+    for node in ast.walk(expression):
+        if isinstance(node, ast.arg) and node.annotation:
+            yield node.annotation
+        if isinstance(node, ast.keyword) and node.arg in UNSEEN:
+            yield node.value
 
 
 def _compare(node: ast.Compare) -> Iterator[tuple[str, str]]:
@@ -239,13 +247,14 @@ def _call(node: ast.Call) -> Iterator[tuple[str, str]]:
         owner = node.func.value
         if not (isinstance(owner, ast.Name) and owner.id in MODULES):
             yield "method dropped", ast.unparse(owner)
-    for index in range(len(node.args) - 1):
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+    for index in range(0 if name in COMMUTATIVE else len(node.args) - 1):
         changed = copy.deepcopy(node)
         changed.args[index : index + 2] = changed.args[index : index + 2][::-1]
         yield "arguments swapped", ast.unparse(changed)
     for index, keyword in enumerate(node.keywords):
-        if keyword.arg == "strict":
-            continue  # a check of our own
+        if keyword.arg in UNSEEN:
+            continue
         changed = copy.deepcopy(node)
         del changed.keywords[index]
         yield "keyword dropped", ast.unparse(changed)

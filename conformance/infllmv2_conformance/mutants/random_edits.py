@@ -171,7 +171,7 @@ def main(
     stages: Annotated[
         int, typer.Option(min=0, help="Only so many stages that an edit reaches; 0 for all.")
     ] = 0,
-    limit: Annotated[float, typer.Option(help="Seconds that an edit may take.")] = 600.0,
+    limit: Annotated[int, typer.Option(min=1, help="CPU seconds that a rule may take.")] = 60,
     workers: Annotated[int, typer.Option("-n", min=1, help="Processes to share the work.")] = 2,
 ) -> None:
     """Run random edits of the bundled implementation against the suite."""
