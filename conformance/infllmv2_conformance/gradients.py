@@ -50,6 +50,9 @@ def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradien
     loan = Loan(given | {"grad_out": output_gradient(trial)}, candidate.surroundings.zones)
     grad_out = loan.arguments.pop("grad_out")
     leaves = [loan.arguments[name].requires_grad_() for name in ("q", "k", "v")]
+    constant = [name for name in ("selection_q", "selection_k") if name in loan.arguments]
+    for name in constant:
+        loan.arguments[name].requires_grad_()
     result = candidate.call_on(function, **loan.arguments)
     trial.split(function, result)
     out = result[0]
@@ -57,6 +60,9 @@ def differentiate(trial: Trial, function: str, given: dict[str, Any]) -> Gradien
         fail("the output is not differentiable, although gradients are claimed")
     candidate.guarded(f"the backward pass of {function}", lambda: out.backward(grad_out))
     loan.check()
+    for name in constant:
+        if loan.arguments[name].grad is not None and loan.arguments[name].grad.any():
+            fail(f"{name} has a gradient, but the selection is a constant")
     gradients = [_gradient(name, x) for name, x in zip("qkv", leaves, strict=True)]
     return gradients[0], gradients[1], gradients[2]
 

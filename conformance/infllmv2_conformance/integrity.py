@@ -20,127 +20,27 @@ from torch import Tensor
 from . import settings
 from .failure import fail
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 PACKAGES = ("infllmv2_conformance", "infllmv2_reference")
-_METHODS = (
-    "__add__",
-    "__and__",
-    "__eq__",
-    "__float__",
-    "__ge__",
-    "__getitem__",
-    "__gt__",
-    "__invert__",
-    "__le__",
-    "__lt__",
-    "__mul__",
-    "__ne__",
-    "__or__",
-    "__radd__",
-    "__rmul__",
-    "__rsub__",
-    "__setitem__",
-    "__sub__",
-    "__truediv__",
-    "abs",
-    "all",
-    "amax",
-    "amin",
-    "any",
-    "argmax",
-    "argsort",
-    "clamp",
-    "clone",
-    "contiguous",
-    "copy_",
-    "cpu",
-    "cumsum",
-    "data_ptr",
-    "detach",
-    "diff",
-    "double",
-    "element_size",
-    "eq",
-    "expand",
-    "fill_",
-    "flatten",
-    "float",
-    "gather",
-    "ge",
-    "gt",
-    "is_floating_point",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "item",
-    "le",
-    "log",
-    "logsumexp",
-    "long",
-    "lt",
-    "masked_fill",
-    "max",
-    "min",
-    "mul",
-    "ne",
-    "new_full",
-    "nonzero",
-    "numel",
-    "repeat_interleave",
-    "reshape",
-    "scatter",
-    "scatter_",
-    "softmax",
-    "sort",
-    "split",
-    "squeeze",
-    "storage_offset",
-    "stride",
-    "sub",
-    "sum",
-    "to",
-    "tolist",
-    "unflatten",
-    "untyped_storage",
-    "view",
-    "where",
-)
+_METHODS = _words("""
+    __add__ __and__ __eq__ __float__ __ge__ __getitem__ __gt__ __invert__ __le__ __lt__ __mul__
+    __ne__ __or__ __radd__ __rmul__ __rsub__ __setitem__ __sub__ __truediv__ abs all amax amin any
+    argmax argsort clamp clone contiguous copy_ cpu cumsum data_ptr detach diff double
+    element_size eq expand fill_ flatten float gather ge gt is_floating_point isfinite isinf isnan
+    item le log logsumexp long lt masked_fill max min mul ne new_full nonzero numel
+    repeat_interleave reshape scatter scatter_ softmax sort split squeeze storage_offset stride
+    sub sum to tolist unflatten untyped_storage view where
+""")
 """What the judges do with tensors."""
-_FUNCTIONS = (
-    "abs",
-    "all",
-    "allclose",
-    "any",
-    "arange",
-    "argsort",
-    "cat",
-    "clone",
-    "einsum",
-    "empty",
-    "equal",
-    "eq",
-    "exp",
-    "finfo",
-    "full",
-    "full_like",
-    "isclose",
-    "isfinite",
-    "isin",
-    "isnan",
-    "log",
-    "maximum",
-    "mean",
-    "minimum",
-    "promote_types",
-    "rand",
-    "randint",
-    "randn",
-    "stack",
-    "tensor",
-    "unravel_index",
-    "where",
-    "zeros",
-    "zeros_like",
-)
+_FUNCTIONS = _words("""
+    abs all allclose any arange argsort cat clone einsum empty equal eq exp finfo full full_like
+    isclose isfinite isin isnan log maximum mean minimum promote_types rand randint randn stack
+    tensor unravel_index where zeros zeros_like
+""")
 _ELSEWHERE: tuple[tuple[Any, str], ...] = (
     (torch.testing, "assert_close"),
     (torch.cuda, "synchronize"),
@@ -156,6 +56,10 @@ _ELSEWHERE: tuple[tuple[Any, str], ...] = (
     (time, "time"),
     (sys, "exit"),
 )
+_NO_JUDGES = _words("""
+    bench child cli environment loading memory mutants names plugin report supervisor terminal
+""")
+"""Modules of the suite that take no part in a verdict."""
 _MISSING = object()
 _CODE = attrgetter("__code__")
 _KINDS = (FunctionType, BuiltinFunctionType, type, ModuleType, property, classmethod, staticmethod)
@@ -220,7 +124,8 @@ def remember() -> None:
     for owner, name in _ELSEWHERE:
         _note(owner, name)
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in PACKAGES and id(module) not in _known:
+        package, part = (*name.split("."), "")[:2]
+        if package in PACKAGES and part not in _NO_JUDGES and id(module) not in _known:
             _note_all(module)
 
 

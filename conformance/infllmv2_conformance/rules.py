@@ -151,6 +151,12 @@ _ALL = [
             "Rows with nothing to attend give no gradient.",
             "gradients",
         ),
+        (
+            "attend.gradient-repeatable",
+            "The same call gives the same bits in the gradients.",
+            "gradients",
+            "deterministic",
+        ),
     ),
     *_rules(
         ("attention",),

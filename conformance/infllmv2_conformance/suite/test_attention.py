@@ -227,7 +227,9 @@ def test_gradients(run: Runner) -> None:
     if not (claims.returns_selection and claims.deterministic):
         run.unclaimed("returns_selection and deterministic")
     run.cases(
-        cases(run, max_keys=130, min_keys=1, dense=True, regimes=("normal",)), check, weight=0.7
+        cases(run, max_keys=130, min_keys=1, dense=True, regimes=("normal",), use_nope=True),
+        check,
+        weight=0.7,
     )
 
 

@@ -58,7 +58,7 @@ def test_fully_written(run: Runner) -> None:
 
 @rule("contract.red-zones")
 def test_red_zones(run: Runner) -> None:
-    """Surround every tensor with NaN, which sums show, and a large number, which a maximum shows."""
+    """Surround every tensor with NaN, which sums show, and with what a maximum shows."""
 
     def check(trial: Trial) -> None:
         trial.candidate.call(trial.function, **trial.arguments(trial.function))  # sees writes

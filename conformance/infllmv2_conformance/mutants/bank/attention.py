@@ -61,6 +61,16 @@ def _reads_all_values(inner: Callable[..., Any], given: Arguments) -> Any:
     return out, lse, selected
 
 
+def _gradient_for_selection(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Send a gradient to what only selects."""
+    out, lse, selected = inner(**given)
+    extra = given.get("selection_k")
+    if extra is not None:
+        leak = (extra.double() - extra.detach().double()).nan_to_num().sum() * 1e-3
+        out = out + leak.to(out.dtype)
+    return out, lse, selected
+
+
 def _by_falling_length(inner: Callable[..., Any], given: Arguments) -> Any:
     """Return results in the order of falling lengths when the batch has three sequences."""
     out, lse, selected = inner(**given)
@@ -236,6 +246,13 @@ MUTANTS = (
         "No gradient reaches k.",
         "A tensor detached for the selection, and attended as well.",
         _edit(_ATTEND, _ATTEND.replace("(q, k,", "(q, k.detach(),")),
+    ),
+    Mutant(
+        "attention.selection-differentiable",
+        "attention.gradients",
+        "A gradient reaches selection_k.",
+        "Scores that stay in the graph.",
+        wrap=Around(_ONLY, _gradient_for_selection),
     ),
     Mutant(
         "attention.dense-keys-detached",
