@@ -30,6 +30,7 @@ extensions = [
     "drawings",
     "examples",
     "stored",
+    "survivor_pages",
 ]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3

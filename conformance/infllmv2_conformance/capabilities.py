@@ -47,6 +47,7 @@ class Capabilities:
         block_sizes: block sizes B.
         windows: (kernel_size, kernel_stride) pairs.
         lse_modes: normalisers of the scores.
+        lse_ratios: how many times longer the windows of K_C2 may be than those of K_C1.
         pooling_modes: readings of Eq. 7.
         history: sequences may have more keys than queries.
         packed: more than one sequence per call.
@@ -71,6 +72,7 @@ class Capabilities:
     block_sizes: tuple[int, ...] | None = None
     windows: tuple[tuple[int, int], ...] | None = None
     lse_modes: tuple[str, ...] = ("exact", "approximate")
+    lse_ratios: tuple[int, ...] | None = (4,)
     pooling_modes: tuple[str, ...] = ("overlap",)
     history: bool = True
     packed: bool = True
@@ -125,8 +127,12 @@ class Capabilities:
     def supports(self, config: SparseConfig) -> bool:
         """Say whether these parameters are claimed."""
         window = (config.kernel_size, config.kernel_stride)
+        lse_window = (config.lse_kernel_size, config.lse_kernel_stride)
+        ratios = self.lse_ratios
+        known = ratios is None or lse_window in [(r * window[0], r * window[1]) for r in ratios]
         return (
             config.lse in self.lse_modes
+            and (known or config.lse == "exact")
             and config.pooling in self.pooling_modes
             and (self.block_sizes is None or config.block_size in self.block_sizes)
             and (self.windows is None or window in self.windows)

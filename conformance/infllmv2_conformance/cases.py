@@ -34,6 +34,7 @@ class Case:
         group: G, query heads per key/value head.
         head_dim: D.
         dtype: of q, k and v.
+        lse_ratio: windows of K_C2 are so many times as long, and as far apart, as those of K_C1.
         regime: the kind of numbers.
         seed: what the numbers are drawn from.
         choice: a free number that a rule may read, for example to place a split.
@@ -57,6 +58,7 @@ class Case:
     dense_len: int = -1
     use_nope: bool = False
     lse: str = "approximate"
+    lse_ratio: int = 4
     pooling: str = "overlap"
     local_override: int | None = None
     regime: str = "normal"
@@ -68,7 +70,10 @@ class Case:
     def config(self) -> SparseConfig:
         """Return the parameters of the attention."""
         names = {f.name for f in fields(SparseConfig)}
-        return SparseConfig(**{n: v for n, v in vars(self).items() if n in names})
+        ratio = self.lse_ratio
+        kernel = None if ratio == 4 else (ratio * self.kernel_size, ratio * self.kernel_stride)
+        given = {n: v for n, v in vars(self).items() if n in names}
+        return SparseConfig(**given, lse_kernel=kernel)
 
     @property
     def query_heads(self) -> int:

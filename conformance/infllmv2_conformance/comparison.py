@@ -21,7 +21,8 @@ class Comparison:
         """Note in a failure which mutants it looks like.
 
         Mutants themselves are not compared, nor is a single case that is repeated, as too many fail
-        alike on one, nor long contexts, of which each costs minutes. What goes wrong here must not hide the failure, so it is told in its place.
+        alike on one, nor long contexts, of which each costs minutes. What goes wrong here must not
+        hide the failure, so it is told in its place.
         """
         mutant = run.candidate.name.startswith(MUTANT)
         if mutant or run.only or run.length or not failure.case or not self.left:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -183,13 +184,15 @@ def _t(value: Tensor | None) -> Tensor:
     return value
 
 
-_JUDGES = {
-    "compress_keys": _windows,
-    "score_windows": _scores,
-    "pool_blocks": _pooled,
-    "select_blocks": _selected,
-    "score_blocks": _block_scores,
-    "select": _fused_selected,
-    "attend": _attended,
-    "attention": _attention,
-}
+_JUDGES = MappingProxyType(
+    {
+        "compress_keys": _windows,
+        "score_windows": _scores,
+        "pool_blocks": _pooled,
+        "select_blocks": _selected,
+        "score_blocks": _block_scores,
+        "select": _fused_selected,
+        "attend": _attended,
+        "attention": _attention,
+    }
+)

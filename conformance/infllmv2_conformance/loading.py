@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, cast
 
+from . import integrity, settings
 from .candidate import Candidate
 from .capabilities import Capabilities
 from .errors import UsageError
@@ -51,9 +52,14 @@ def load(spec: str) -> Candidate:
         from .mutants.build import load_mutant
 
         return load_mutant(spec.removeprefix(MUTANT))
+    integrity.remember()
+    modes = settings.mode_depths()
     target = _find(spec)
     if inspect.isclass(target):
         target = _guard(spec, f"{target.__name__}()", target)
+    replaced = integrity.changes() + settings.drop_modes(modes)
+    if replaced:
+        raise LoadError(f"cannot load {spec!r}: importing it changes {', '.join(replaced)}")
     return Candidate(spec, target, _capabilities(spec, target))
 
 

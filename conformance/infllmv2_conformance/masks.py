@@ -42,3 +42,9 @@ def members(selected: Tensor, blocks: int) -> Tensor:
     flags = torch.zeros(*selected.shape[:-1], blocks + 1, dtype=torch.bool)
     ids = selected.long().where(selected >= 0, blocks)
     return flags.scatter(-1, ids, True)[..., :blocks]
+
+
+def unread_tokens(selected: Tensor, span: Span, block_size: int) -> Tensor:
+    """Say which tokens lie in a block that no row of `selected` `[HK, T, K]` has, `[S]`."""
+    unread = ~members(selected, num_blocks(span.num_keys, block_size)).any(0).any(0)
+    return unread.repeat_interleave(block_size)[: span.num_keys]

@@ -14,6 +14,7 @@ class Profile:
         examples: cases drawn for a rule of ordinary weight, on top of its fixed corner cases.
         shape_classes: combinations of group, head dim, block size and windows that are visited.
         max_keys: the longest sequence drawn.
+        max_pairs: most query-key pairs of a case, over all heads: what bounds its time on a CPU.
         database: whether Hypothesis remembers failing cases from run to run.
     """
 
@@ -21,6 +22,7 @@ class Profile:
     examples: int
     shape_classes: int
     max_keys: int
+    max_pairs: int = 400_000
     database: bool = False
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from .cases import Case
 from .failure import fail
@@ -36,7 +37,8 @@ def programs(batch: int, max_tokens: int, operations: str = "aadr") -> st.Search
 class Machine:
     """Run steps on an implementation's cache, and keep beside it what it must contain.
 
-    New tokens are always taken from fresh rows of the case's tensors, also after a reset, so that
+    Maximal lengths exceed the true ones in most cases, as a buffer of fixed size has them. New
+    tokens are always taken from fresh rows of the case's tensors, also after a reset, so that
     a stale window differs from the right one.
     """
 
@@ -46,10 +48,12 @@ class Machine:
         self.ends = [span.keys.stop for span in trial.oracle.spans]
         self.rows: list[list[int]] = [[] for _ in self.fresh]
         case = trial.case
+        self.slack = case.choice % 5
+        self.strided = trial.capabilities.non_contiguous and case.choice % 2 == 1
         self.cache: Any = trial.candidate.call(
             "new_cache",
             batch=len(self.rows),
-            max_seqlen_k=max(trial.inputs.max_seqlen_k, 1),
+            max_seqlen_k=max(trial.inputs.max_seqlen_k, 1) + self.slack,
             num_kv_heads=case.kv_heads,
             head_dim=case.head_dim,
             dtype=trial.inputs.k.dtype,
@@ -76,10 +80,10 @@ class Machine:
         self.trial.candidate.call(
             "append",
             cache=self.cache,
-            k=batch.k,
-            v=batch.v,
+            k=self._view(batch.k),
+            v=self._view(batch.v),
             cu_seqlens=batch.cu_seqlens_k,
-            max_seqlen=batch.max_seqlen_k,
+            max_seqlen=batch.max_seqlen_k + self.slack,
             **extra,
         )
 
@@ -91,9 +95,9 @@ class Machine:
         result = self.trial.candidate.call(
             "decode",
             cache=self.cache,
-            q=batch.q,
+            q=self._view(batch.q),
             cu_seqlens_q=batch.cu_seqlens_q,
-            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_q=batch.max_seqlen_q + self.slack,
             **extra,
         )
         trial = self._trial(queries, batch)
@@ -116,7 +120,7 @@ class Machine:
         case: Case = self.trial.case
         kernels = (
             (case.kernel_size, case.kernel_stride),
-            (4 * case.kernel_size, 4 * case.kernel_stride),
+            (case.config.lse_kernel_size, case.config.lse_kernel_stride),
         )
         for which, (size, stride) in enumerate(kernels):
             trial = self._trial([range(0)] * len(self.rows), batch)
@@ -125,6 +129,12 @@ class Machine:
             pieces = trial.split("compress_keys", held[2 * which : 2 * which + 2])
             given = {"kernel_size": size, "kernel_stride": stride}
             trial.judge("compress_keys", pieces, given)
+
+    def _view(self, x: Tensor) -> Tensor:
+        """Return a slice of a wider tensor, as of a fused projection, in every other case."""
+        if not self.strided:
+            return x
+        return torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
 
     def _pick(self, queries: list[Any], keys: list[Any]) -> Inputs:
         device = self.inputs.q.device

@@ -19,6 +19,7 @@ class ReferenceImplementation:
 
     capabilities: ClassVar[dict[str, Any]] = {
         "dtypes": ("float32", "float64", "bfloat16", "float16"),
+        "lse_ratios": None,
         "pooling_modes": ("overlap", "paper_eq7"),
         "gradients": True,
         "use_nope": True,
@@ -194,8 +195,12 @@ def _score_blocks(
 
 
 def _by_windows(function: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
-    k_c1 = given["k_c1"].split(given["cu_seqlens_c1"].diff().tolist())
-    k_c2 = given["k_c2"].split(given["cu_seqlens_c2"].diff().tolist())
+    k_c1, k_c2 = (
+        given[f"k_{name}"][: given[f"cu_seqlens_{name}"][-1]].split(
+            given[f"cu_seqlens_{name}"].diff().tolist()
+        )
+        for name in ("c1", "c2")
+    )
     q, config = given["q"], given["config"]
     rows = [
         function(q[s.queries], c1, c2, s.num_keys, config)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .failure import fail
 from .oracle import Oracle
+from .returned import check_plain
 
 Piece = tuple[Tensor | None, ...]
 """The tensors of one sequence that a function returned."""
@@ -111,8 +112,9 @@ def _check_tensor(
     longer: bool = False,
 ) -> None:
     """Fail unless `value` is a plain tensor of this form; `wider`/`longer` admit padding."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        fail(f"the result {name} is not a dense tensor", actual=repr(type(value)))
+    if not isinstance(value, Tensor):
+        fail(f"the result {name} is not a tensor", actual=repr(type(value)))
+    check_plain(name, value)
     actual = tuple(value.shape)
     fits = len(actual) == len(shape)
     if fits:

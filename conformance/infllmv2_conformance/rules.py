@@ -53,7 +53,7 @@ LONG = "long"
 """The stage that runs only when its length is given: its rules take minutes."""
 
 
-def _rules(functions: tuple[str, ...], *rows: tuple[str, str] | tuple[str, str, str]) -> list[Rule]:
+def _rules(functions: tuple[str, ...], *rows: tuple[str, ...]) -> list[Rule]:
     return [Rule(row[0], row[1], functions, claims=tuple(row[2:])) for row in rows]
 
 
@@ -153,6 +153,12 @@ _ALL = [
             "Rows with nothing to attend give no gradient.",
             "gradients",
         ),
+        (
+            "attend.gradient-repeatable",
+            "The same call gives the same bits in the gradients.",
+            "gradients",
+            "deterministic",
+        ),
     ),
     *_rules(
         ("attention",),
@@ -164,6 +170,13 @@ _ALL = [
         ("attention.permutation", "Permuting sequences permutes the result.", "packed"),
         ("attention.kv-heads", "Key/value heads are independent: any subset gives its part."),
         ("attention.switch", "Sequences of dense_len keys or more run sparse, shorter ones dense."),
+        (
+            "attention.unselected-not-read",
+            "Values of unselected blocks are not loaded: NaN there does not spread.",
+            "skips_unselected",
+            "returns_selection",
+            "deterministic",
+        ),
         ("attention.equals-dense", "A budget for all visible blocks gives dense attention."),
         (
             "attention.selection-inputs",
@@ -195,7 +208,11 @@ _ALL = [
             ("contract.inputs-unchanged", "Inputs are not modified.", ()),
             ("contract.fully-written", "Results do not depend on what memory held before.", ()),
             ("contract.form", "Results have the right shape, dtype and device.", ()),
+            ("contract.own-memory", "A result is a plain tensor in memory of its own.", ()),
             ("contract.red-zones", "Nothing outside the tensors is read or written.", ()),
+            ("contract.loose-lengths", "max_seqlen may exceed the longest sequence.", ()),
+            ("contract.settings", "Settings of PyTorch do not matter, and stay as they are.", ()),
+            ("contract.streams", "Work is queued in the current CUDA stream.", ()),
             (
                 "contract.strided",
                 "Non-contiguous inputs give the same result.",
@@ -215,6 +232,12 @@ _ALL = [
                 ("validates",),
             ),
         )
+    ),
+    Rule(
+        "contract.padding-not-read",
+        "Rows and columns behind the last sequence have no influence, nor has what no query needs.",
+        STAGE_FUNCTIONS[1:],
+        each=True,
     ),
     *(
         Rule(f"{LONG}.{name}", sentence, functions, claims)

@@ -19,9 +19,11 @@ from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from .canary import check_judges
 from .candidate import Candidate
 from .cases import Case
 from .failure import ConformanceFailure, Finding
+from .guards import Surroundings
 from .margins import Margins
 from .profiles import Profile
 from .symptoms import Symptom
@@ -39,6 +41,13 @@ _NO_LIMITS = (
     HealthCheck.filter_too_much,
     HealthCheck.large_base_example,
 )
+
+
+EXPLANATIONS = (
+    (Surroundings(fresh=0.0), "it is right where fresh memory holds 0: something is not written"),
+    (Surroundings(zones=0.0), "it is right where 0 lies behind the arguments: something is read"),
+)
+"""What else may be told about a failure, by running the case again in other memory."""
 
 
 @dataclass
@@ -104,6 +113,20 @@ class Runner:
         Raises:
             ConformanceFailure: of the smallest failing case found.
         """
+        try:
+            self._search(strategy, check, corners, weight)
+            check_judges()
+        except ConformanceFailure as failure:
+            self._explain(failure, check)
+            raise
+
+    def _search(
+        self,
+        strategy: SearchStrategy[Case],
+        check: Callable[[Trial], object],
+        corners: Sequence[Case],
+        weight: float,
+    ) -> None:
         if self.only is not None:
             self.run_case(self.only, check)
             return
@@ -170,6 +193,21 @@ class Runner:
         """Tell a failure what it belongs to."""
         failure.rule, failure.function, failure.case = self.rule, self.function, str(case or "")
         failure.implementation, failure.device = self.candidate.name, str(self.device)
+
+    def _explain(self, failure: ConformanceFailure, check: Callable[[Trial], object]) -> None:
+        """Add to a failure what follows from running its case in other memory."""
+        if not failure.case:
+            self.dress(failure, None)
+            return
+        case = Case.parse(failure.case)
+        for surroundings, what in EXPLANATIONS:
+            try:
+                with self.candidate.surrounded(surroundings):
+                    check(Trial(case, self.candidate, self.device, lambda _: None, self.function))
+            except Exception:
+                continue  # it fails all the same
+            failure.finding.what += f"; {what}"
+            return
 
     def _unstable(self, flaky: BaseException, case: Case | None) -> ConformanceFailure:
         inner: Any = getattr(flaky, "exceptions", ())

@@ -27,8 +27,7 @@ BLOCKS = (
     (48, 12, 7),
 )
 """(block size, kernel size, kernel stride): the released one scaled, 1-stage, and odd ones."""
-MAX_PAIRS = 400_000
-"""Most query-key pairs of a case, over all heads: what bounds a case's time on a CPU."""
+LSE_RATIOS = (4, 2, 1, 3)
 BLOCKS_AT_LEAST = 10
 """The longest sequence has so many blocks, whatever the profile: else few would compete."""
 
@@ -81,6 +80,7 @@ def corner(
         "dtype": claims.dtypes[0],
         "window_size": shape["block_size"],
         "lse": claims.lse_modes[0] if claims.lse_modes else "approximate",
+        "lse_ratio": (claims.lse_ratios or LSE_RATIOS)[0],
         "pooling": claims.pooling_modes[0] if claims.pooling_modes else "overlap",
     }
     return Case(sequences, **(shape | claimed | fields))
@@ -92,7 +92,8 @@ def many_blocks(run: Runner, count: int = 100) -> list[Case]:
     shapes = shape_classes(claims, run.profile.shape_classes)
     shape = min(shapes, key=lambda s: (s["block_size"], s["group"] * s["head_dim"]))
     keys = min(count * shape["block_size"], claims.longest_context)
-    keys = keys if claims.history else min(keys, int((MAX_PAIRS / shape["group"]) ** 0.5))
+    if not claims.history:
+        keys = min(keys, int((run.profile.max_pairs / shape["group"]) ** 0.5))
     queries = 3 if claims.history else keys
     return [corner(claims, shape, (queries, keys), kv_heads=1)]
 
@@ -160,7 +161,7 @@ def cases(
         most_keys = min(most_keys, claims.longest_context)
         keys = lengths(shape, most_keys).filter(lambda s: s >= max(min_keys, lowest))
         sequences: list[tuple[int, int]] = []
-        room = max(MAX_PAIRS // (shape["group"] * shape["kv_heads"]), 1)
+        room = max(run.profile.max_pairs // (shape["group"] * shape["kv_heads"]), 1)
         for i in range(draw(st.integers(min(at_least, at_most), at_most))):
             num_keys = draw(keys)
             if competing and i == 0:
@@ -188,6 +189,7 @@ def cases(
             dense_len=draw(_dense_lens(sequences)) if dense else -1,
             use_nope=draw(st.booleans()) if use_nope and claims.use_nope else False,
             lse=draw(st.sampled_from(modes)) if modes else "approximate",
+            lse_ratio=draw(st.sampled_from(claims.lse_ratios or LSE_RATIOS)),
             pooling=draw(_pooling(claims, shape)),
             regime=draw(st.sampled_from(regimes)),
             seed=draw(st.integers(0, 9999)),

@@ -125,6 +125,7 @@ class SuitePlugin:
             if self.only and any(RULES[name].stage == LONG for name in rules or ()):
                 check_long_case(self.only)
             self.candidate = load(option(self.config, "impl"))
+            self.candidate.owns_interrupts = self.log is not None  # Ctrl-C reaches its parent
             claims = self.candidate.capabilities
             _check_claimed_length(self.length, claims)
             self.device = devices.choose_device(claims, option(self.config, "device"))

@@ -14,6 +14,7 @@ from .arguments import arguments
 from .candidate import Candidate
 from .cases import Case
 from .failure import ConformanceFailure
+from .guards import CALM
 from .inputs import Inputs, build_inputs
 from .judges import judge
 from .oracle import Oracle
@@ -98,13 +99,15 @@ class Trial:
     def is_sound(self) -> bool:
         """Say whether the function under test is right on the plain inputs of the case.
 
-        Rules about how a function is called apply only then: a function that computes the wrong
-        thing is reported by the rules of its stage, once.
+        Fresh memory and what surrounds the arguments hold 0 then, as they often do. Rules about
+        how a function is called apply only then: a function that computes the wrong thing is
+        reported by the rules of its stage, once.
         """
         plain = self.on(self.case.sequences, self.inputs)
-        plain.note = _ignore
+        plain.__dict__["oracle"], plain.note = self.oracle, _ignore
         try:
-            plain.check(self.function)
+            with self.candidate.surrounded(CALM):
+                plain.check(self.function)
         except ConformanceFailure:
             return False
         return True
@@ -127,6 +130,11 @@ class Trial:
     def changed(self, **tensors: Tensor) -> Oracle:
         """Return the oracle of the same case with other tensors in the inputs."""
         return Oracle(self.case, replace(self.inputs, **tensors), self.capabilities.arithmetic)
+
+    def redrawn(self) -> Trial:
+        """Return a trial with other numbers in tensors of the same form."""
+        case = self.case.with_(seed=self.case.seed + 1)
+        return Trial(case, self.candidate, self.device, self.note, self.function)
 
     def on(self, sequences: Sequence[tuple[int, int]], inputs: Inputs, **fields: Any) -> Trial:
         """Return a trial of other sequences on given tensors, with the rest of the case."""

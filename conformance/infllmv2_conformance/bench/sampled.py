@@ -280,9 +280,10 @@ class Worst:
     def __init__(self) -> None:
         self.ratio = 0.0
 
-    def __call__(self, ratio: float) -> None:
-        """Take a ratio."""
-        self.ratio = max(self.ratio, ratio)
+    def __call__(self, ratios: Tensor) -> None:
+        """Take ratios."""
+        if ratios.numel():
+            self.ratio = max(self.ratio, float(ratios.max()))
 
 
 _Note = Worst

@@ -144,7 +144,7 @@ def _select_blocks(candidate: Candidate, field: Field) -> Task:
         blocks = num_blocks(end, field.config.block_size)
         scores = given[:, site.row : site.row + 1, :blocks].cpu()
         check_form(row, site.span, field.config)
-        check_selection(row, select_blocks(scores, end, field.config), site.span)
+        check_selection(row, select_blocks(scores, end, field.config), site.span, field.config)
 
     arguments = {"block_scores": given, **field.tensors.lengths, "config": field.config}
     return _row_task(candidate, field, "select_blocks", arguments, check, (torch.int32,))

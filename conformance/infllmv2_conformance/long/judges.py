@@ -29,7 +29,7 @@ from infllmv2_reference.layout import Span
 from .oracle import LongOracle, pool_rows, window_chunks, windows_of_blocks
 from .rows import rows_to_judge
 
-Note = Callable[[float], None]
+Note = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Part:
         span: the sequence.
         rows: which of its rows are judged.
         oracle: what they must be.
-        note: takes the worst difference over its bound.
+        note: takes the differences over their bounds.
     """
 
     piece: Piece
@@ -67,7 +67,7 @@ def judge_rows(
         pieces: what it returned, for each sequence.
         oracle: what it must be.
         given: what the function was called with.
-        note: takes the worst difference over its bound.
+        note: takes the differences over their bounds.
     """
     for span, piece in zip(oracle.spans, pieces, strict=True):
         rows = [] if function == "compress_keys" else rows_of(oracle, span)
@@ -159,7 +159,7 @@ def _selected(part: Part, given: dict[str, Any]) -> None:
         scores = given["block_scores"][:, one.queries, :blocks].cpu()
         with moved(query=row):
             check_form(selected, one, c)
-            check_selection(selected, select_blocks(scores, one.num_keys, c), one)
+            check_selection(selected, select_blocks(scores, one.num_keys, c), one, c)
 
 
 def _fused_selected(part: Part, _: dict[str, Any]) -> None:

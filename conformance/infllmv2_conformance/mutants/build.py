@@ -24,7 +24,7 @@ from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.loading import MUTANT
 from infllmv2_conformance.names import check_names
 
-from .model import Composite, Mutant
+from .model import Composite, Edit, Mutant
 
 BASES = {"eager": "infllmv2_impls.eager", "triton": f"{__package__}.kernels"}
 """The packages that are changed. That of Triton runs in the interpreter, on every machine."""
@@ -77,6 +77,16 @@ def missing(mutant: Mutant) -> str:
     return "triton" if mutant.base == "triton" and find_spec("triton") is None else ""
 
 
+def build_texts(name: str, texts: Mapping[str, str]) -> Candidate:
+    """Build an implementation from the sources of all modules; it claims what the original does.
+
+    Raises:
+        MutantError: they cannot be imported.
+    """
+    claims = Capabilities.from_mapping(getattr(pristine(), ATTRIBUTE).capabilities)
+    return Candidate(f"{MUTANT}{name}", getattr(_import(name, texts), ATTRIBUTE), claims)
+
+
 @cache
 def pristine(base: str = "eager") -> Any:
     """Return the copy of an original without any edit.
@@ -122,10 +132,19 @@ def edited(mutant: Mutant) -> dict[str, str]:
     Raises:
         MutantError: the text to replace is not there, or there more than once.
     """
-    texts, name = dict(sources(mutant.base)), mutant.id
-    for edit in mutant.edits:
+    return with_edits(mutant.id, sources(mutant.base), mutant.edits)
+
+
+def with_edits(name: str, originals: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, str]:
+    """Return sources with edits applied, in order; `name` is that of the mutant in errors.
+
+    Raises:
+        MutantError: the text to replace is not there, or there more than once.
+    """
+    texts = dict(originals)
+    for edit in edits:
         if edit.module not in texts:
-            raise MutantError(f"mutant {name}: {mutant.base} has no module {edit.module!r}")
+            raise MutantError(f"mutant {name}: its base has no module {edit.module!r}")
         count = texts[edit.module].count(edit.before)
         if count != 1:
             raise MutantError(

@@ -143,7 +143,7 @@ def _prepare(function: str, case: Case) -> Callable[[], Any]:
     given = arguments(function, inputs, oracle)
     if function in DIFFERENTIABLE:
         given |= {n: given[n].clone().requires_grad_() for n in ("q", "k", "v")}
-    return partial(candidate.call, function, **given)
+    return partial(candidate.call_on, function, **given)
 
 
 def _use_cache(trial: Trial) -> None:

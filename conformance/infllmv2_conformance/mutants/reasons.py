@@ -6,6 +6,7 @@ reason that no longer holds.
 
 from __future__ import annotations
 
+_GUARDED = "Every call is guarded, so the first rule of the stage meets the fault; this names it."
 REASONS: dict[str, str] = {
     "score.visibility": (
         "It finds nothing that score.values-* cannot: they draw lengths at random and mostly meet "
@@ -38,5 +39,9 @@ REASONS: dict[str, str] = {
         "It finds nothing that attention.values cannot, which draws lengths in any order. It "
         "reverses them, so that one of the two is not sorted, whatever the seed."
     ),
+    "contract.inputs-unchanged": _GUARDED,
+    "contract.fully-written": _GUARDED,
+    "contract.red-zones": _GUARDED,
+    "contract.streams": "It applies on CUDA alone, and mutants run on a CPU.",
 }
-"""The rules, each with what it is there for."""
+"""Rules whose faults another rule meets before them, each with what it is there for."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infllmv2_conformance.checks import check_same_bits
 from infllmv2_conformance.judges import judge_output
-from infllmv2_conformance.masks import members
+from infllmv2_conformance.masks import unread_tokens
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -177,8 +177,7 @@ def _check_unselected(trial: Trial, poison: float) -> None:
         blocks = -(-span.num_keys // trial.case.block_size)
         banned = torch.rand(blocks, generator=trial.generator) < 0.4
         selected = random_selection(trial, span, keep_own=False, banned=banned)
-        unread = ~members(selected, blocks).any(0).any(0)
-        tokens = unread.repeat_interleave(trial.case.block_size)[: span.num_keys]
+        tokens = unread_tokens(selected, span, trial.case.block_size)
         k[span.keys][tokens] = poison
         v[span.keys][tokens] = poison
         rows.append(selected)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from infllmv2_conformance.bounds import Bounded
-from infllmv2_conformance.checks import check_values
+from infllmv2_conformance.checks import check_same_bits, check_values
 from infllmv2_conformance.gradients import Gradients, differentiate, expected_gradients
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -63,6 +63,23 @@ def test_gradient_empty_rows(run: Runner) -> None:
         _check(trial, rows)
 
     run.cases(cases(run, max_keys=SMALL, min_keys=1, regimes=("normal",)), check, weight=0.5)
+
+
+@rule("attend.gradient-repeatable")
+def test_gradient_repeatable(run: Runner) -> None:
+    """Send the same gradient back twice and compare the bits."""
+
+    def check(trial: Trial) -> None:
+        rows = [random_selection(trial, s) for s in trial.oracle.spans]
+        selected = pack_selected(rows, trial.oracle)
+        first, again = (_differentiate(trial, selected) for _ in range(2))
+        for span in trial.oracle.spans:
+            cuts = (span.queries, span.keys, span.keys)
+            for name, one, two, cut in zip("qkv", first, again, cuts, strict=True):
+                what = f"the same call gave other bits in the gradient of {name}"
+                check_same_bits(what, two[cut], one[cut], span, name)
+
+    run.cases(cases(run, max_keys=SMALL, min_keys=1, regimes=("normal",)), check, weight=0.3)
 
 
 def _check(trial: Trial, rows: list[Tensor]) -> None:

@@ -7,9 +7,11 @@ import torch
 from infllmv2_conformance.bounds import Bounded
 from infllmv2_conformance.cases import WITHOUT_OVERFLOW, Case
 from infllmv2_conformance.checks import check_certificate, check_form, check_values
+from infllmv2_conformance.failure import fail
 from infllmv2_conformance.gradients import differentiate, expected_gradients
 from infllmv2_conformance.inputs import pick
 from infllmv2_conformance.judges import judge_output
+from infllmv2_conformance.masks import unread_tokens
 from infllmv2_conformance.neighbours import check_alone
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -141,6 +143,35 @@ def test_switch(run: Runner) -> None:
     run.cases(cases(run, dense=True, min_keys=1), _check, weight=0.5)
 
 
+@rule("attention.unselected-not-read")
+def test_unselected_not_read(run: Runner) -> None:
+    """Ask for the selection, put NaN into the values that nobody selected, and ask again."""
+
+    def check(trial: Trial) -> None:
+        given = trial.arguments(FUNCTION)
+        before = trial.run(FUNCTION, given)
+        changed = {n: given[n].clone() for n in ("k", "v")}
+        for span, (_, _, selected) in zip(trial.oracle.spans, before, strict=True):
+            assert selected is not None
+            if trial.case.config.is_sparse(span.num_keys):
+                check_form(selected, span, trial.case.config)
+                tokens = unread_tokens(selected.cpu(), span, trial.case.block_size)
+                changed["v"][span.keys][tokens] = torch.nan
+                if trial.case.use_nope:  # then keys do not select
+                    changed["k"][span.keys][tokens] = torch.nan
+        after = trial.run(FUNCTION, given | changed)
+        for span, old, (out, lse, selected) in zip(trial.oracle.spans, before, after, strict=True):
+            assert selected is not None
+            assert old[2] is not None
+            if not trial.case.config.is_sparse(span.num_keys):
+                selected = trial.oracle.everything(span)
+            elif not torch.equal(selected, old[2]):
+                fail("the selection depends on values", where={"sequence": span.sequence})
+            judge_output(out, lse, selected.cpu(), span, trial.oracle, trial.note)
+
+    run.cases(cases(run, competing=True, dense=True, use_nope=True), check, weight=0.5)
+
+
 @rule("attention.equals-dense")
 def test_equals_dense(run: Runner) -> None:
     """Raise the budget to all blocks: sparse and dense mode must both be dense attention."""
@@ -196,7 +227,9 @@ def test_gradients(run: Runner) -> None:
     if not (claims.returns_selection and claims.deterministic):
         run.unclaimed("returns_selection and deterministic")
     run.cases(
-        cases(run, max_keys=130, min_keys=1, dense=True, regimes=("normal",)), check, weight=0.7
+        cases(run, max_keys=130, min_keys=1, dense=True, regimes=("normal",), use_nope=True),
+        check,
+        weight=0.7,
     )
 
 

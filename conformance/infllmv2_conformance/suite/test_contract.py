@@ -7,7 +7,6 @@ from torch import Tensor
 
 from infllmv2_conformance.checks import check_same_bits
 from infllmv2_conformance.failure import fail
-from infllmv2_conformance.guards import PoisonedMemory, RedZone, fingerprint
 from infllmv2_conformance.inputs import pick
 from infllmv2_conformance.invalid import invalid_calls
 from infllmv2_conformance.judges import defined
@@ -29,37 +28,6 @@ KINDS = {
 CALM = ("normal", "correlated")
 
 
-@rule("contract.inputs-unchanged")
-def test_inputs_unchanged(run: Runner) -> None:
-    """Compare every argument with a copy made before the call."""
-
-    def check(trial: Trial) -> None:
-        given = trial.arguments(trial.function)
-        before = {n: fingerprint(x) for n, x in given.items() if isinstance(x, Tensor)}
-        trial.candidate.call(trial.function, **given)
-        for name, value in before.items():
-            if fingerprint(given[name]) != value:
-                fail(f"the argument {name} was modified")
-
-    run.cases(cases(run), check, weight=0.3)
-
-
-@rule("contract.fully-written")
-def test_fully_written(run: Runner) -> None:
-    """Fill the memory that results are allocated in with NaN, then with plausible numbers."""
-
-    def check(trial: Trial) -> None:
-        if not trial.is_sound():
-            return
-        given = trial.arguments(trial.function)
-        for fill in (torch.nan, 0.25):
-            with PoisonedMemory(fill, trial.device):
-                result = trial.candidate.call(trial.function, **given)
-            trial.judge(trial.function, trial.split(trial.function, result), given)
-
-    run.cases(cases(run), check, weight=0.4)
-
-
 @rule("contract.form")
 def test_form(run: Runner) -> None:
     """Look at shapes, dtypes and devices, at the smallest and at ordinary sizes."""
@@ -77,22 +45,19 @@ def test_form(run: Runner) -> None:
     run.cases(cases(run), check, corners=corners, weight=0.3)
 
 
-@rule("contract.red-zones")
-def test_red_zones(run: Runner) -> None:
-    """Surround every tensor with NaN: reads behind an end show, and writes are seen."""
+@rule("contract.loose-lengths")
+def test_loose_lengths(run: Runner) -> None:
+    """Give maximal lengths that no sequence has, as a buffer of fixed size does."""
 
     def check(trial: Trial) -> None:
         if not trial.is_sound():
             return
         given = trial.arguments(trial.function)
-        zones = {n: RedZone(x) for n, x in given.items() if isinstance(x, Tensor)}
-        given |= {n: zone.tensor for n, zone in zones.items()}
+        more = 1 + trial.case.choice % 100
+        given |= {n: given[n] + more for n in ("max_seqlen_q", "max_seqlen_k") if n in given}
         trial.check(trial.function, given)
-        for name, zone in zones.items():
-            if not zone.intact():
-                fail(f"memory next to the argument {name} was overwritten")
 
-    run.cases(cases(run), check, weight=0.4)
+    run.cases(cases(run), check, weight=0.2)
 
 
 @rule("contract.strided")
@@ -114,7 +79,7 @@ def test_strided(run: Runner) -> None:
             given[name] = view
         trial.check(trial.function, given)
 
-    run.cases(cases(run, regimes=CALM), check, weight=0.4)
+    run.cases(cases(run, regimes=CALM), check, weight=0.3)
 
 
 @rule("contract.empty")
@@ -163,16 +128,16 @@ def test_fresh_data(run: Runner) -> None:
             return
         given = trial.arguments(trial.function)
         given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
-        trial.run(trial.function, given)
-        other = trial.on(trial.case.sequences, trial.inputs)
-        other.__dict__.pop("inputs")
-        other.case = trial.case.with_(seed=trial.case.seed + 1)
-        for name, x in other.arguments(trial.function).items():
+        trial.split(trial.function, trial.candidate.call_on(trial.function, **given))
+        other = trial.redrawn()
+        fresh = other.arguments(trial.function)
+        for name, x in fresh.items():
             if isinstance(x, Tensor):
                 given[name].copy_(x)
-        other.check(trial.function, given)
+        result = trial.candidate.call_on(trial.function, **given)
+        other.judge(trial.function, other.split(trial.function, result), fresh)
 
-    run.cases(cases(run, regimes=CALM), check, weight=0.4)
+    run.cases(cases(run, regimes=CALM), check, weight=0.3)
 
 
 @rule("contract.batch-invariant")
@@ -200,23 +165,21 @@ def test_bad_input(run: Runner) -> None:
     def check(trial: Trial) -> None:
         given = trial.arguments(trial.function)
         for wrong in invalid_calls(trial.function, given, trial.capabilities):
-            try:
-                trial.candidate.call_unguarded(trial.function, **(given | wrong.changes))
-            except (ValueError, TypeError) as error:
-                if not any(name in str(error) for name in wrong.names):
-                    fail(
-                        f"the error about {wrong.what} does not name the argument",
-                        expected=f"a message with one of {list(wrong.names)}",
-                        actual=f"{type(error).__name__}: {error}",
-                    )
-            except Exception as error:
+            error = trial.candidate.error_of(trial.function, **(given | wrong.changes))
+            if error is None:
+                fail(f"{wrong.what} was accepted", expected="ValueError or TypeError")
+            elif not isinstance(error, (ValueError, TypeError)):
                 fail(
                     f"{wrong.what} raised the wrong kind of error",
                     expected="ValueError or TypeError",
                     actual=f"{type(error).__name__}: {error}",
                 )
-            else:
-                fail(f"{wrong.what} was accepted", expected="ValueError or TypeError")
+            elif not any(name in str(error) for name in wrong.names):
+                fail(
+                    f"the error about {wrong.what} does not name the argument",
+                    expected=f"a message with one of {list(wrong.names)}",
+                    actual=f"{type(error).__name__}: {error}",
+                )
 
     claims = run.candidate.capabilities
     shape = shape_classes(claims, run.profile.shape_classes)[0]

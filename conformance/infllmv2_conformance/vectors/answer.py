@@ -139,7 +139,7 @@ def _named(result: Any, names: list[str], function: str) -> Answers:
 def _gradients(candidate: Candidate, given: Given) -> Answers:
     sent = given.pop("grad_out")
     leaves = {n: given[n].clone().requires_grad_() for n in ("q", "k", "v")}
-    out = candidate.call("attend", **(given | leaves))[0]
+    out = candidate.call_on("attend", **(given | leaves))[0]
     if not out.requires_grad:
         fail("the output is not differentiable, although gradients are claimed")
     try:

@@ -21,6 +21,7 @@ CAPABILITIES: dict[str, Any] = {
     "devices": ("cpu", "cuda"),
     "dtypes": ("float16", "bfloat16", "float32", "float64"),
     "lse_modes": ("exact", "approximate"),
+    "lse_ratios": None,
     "pooling_modes": ("overlap", "paper_eq7"),
     "gradients": True,
     "use_nope": True,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
+from infllmv2_reference.layout import spans
 
 from .attend import FINITE_CAUSAL_MASK
 from .faults import Arguments, shared_scale
@@ -48,6 +49,25 @@ def _multi_query_in_fours(inner: Callable[..., Any], given: Arguments) -> Any:
     if given["k"].shape[1] == 1 and given["q"].shape[1] > 4:
         kept = torch.arange(out.shape[1], device=out.device) < 4
         out = out * kept[:, None].to(out.dtype)
+    return out, lse, selected
+
+
+def _reads_all_values(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Add the values of a sequence to its own rows, weighted by 0."""
+    out, lse, selected = inner(**given)
+    out = out.clone()
+    for span in spans(given["cu_seqlens_q"], given["cu_seqlens_k"]):
+        out[span.queries] += 0 * given["v"][span.keys].sum()
+    return out, lse, selected
+
+
+def _gradient_for_selection(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Send a gradient to what only selects."""
+    out, lse, selected = inner(**given)
+    extra = given.get("selection_k")
+    if extra is not None:
+        leak = (extra.double() - extra.detach().double()).nan_to_num().sum() * 1e-3
+        out = out + leak.to(out.dtype)
     return out, lse, selected
 
 
@@ -234,11 +254,25 @@ MUTANTS = (
         _edit(_SELECTION_Q, f"{_SELECTION_Q}\n        q = selection_q"),
     ),
     Mutant(
+        "attention.masked-not-skipped",
+        "attention.unselected-not-read",
+        "All values of a sequence are multiplied, the unselected ones by 0.",
+        "A dense kernel with a mask behind the name of a sparse one.",
+        wrap=Around(_ONLY, _reads_all_values),
+    ),
+    Mutant(
         "attention.keys-detached",
         "attention.gradients",
         "No gradient reaches k.",
         "A tensor detached for the selection, and attended as well.",
         _edit(_ATTEND, _ATTEND.replace("(q, k,", "(q, k.detach(),")),
+    ),
+    Mutant(
+        "attention.selection-differentiable",
+        "attention.gradients",
+        "A gradient reaches selection_k.",
+        "Scores that stay in the graph.",
+        wrap=Around(_ONLY, _gradient_for_selection),
     ),
     Mutant(
         "attention.dense-keys-detached",

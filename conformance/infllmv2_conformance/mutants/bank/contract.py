@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from infllmv2_conformance.mutants.model import Around, Edit, Mutant
+from infllmv2_reference.geometry import num_windows
+from infllmv2_reference.layout import cu_seqlens_of
 
 from .faults import Arguments, behind
 
@@ -82,6 +84,38 @@ def _order_by_batch(inner: Callable[..., Any], given: Arguments) -> Any:
     if len(ends) % 2 and windows.dtype in (torch.float32, torch.float64):
         windows = torch.nextafter(windows, windows.new_full((), torch.inf))
     return windows, ends
+
+
+def _static_buffer() -> Callable[..., Any]:
+    """Return a body that writes every result into one buffer."""
+    buffer = torch.zeros(1 << 20)
+
+    def body(inner: Callable[..., Any], given: Arguments) -> Any:
+        out, lse = inner(**given)
+        if lse.dtype != buffer.dtype or lse.numel() > len(buffer):
+            return out, lse
+        return out, buffer[: lse.numel()].view(lse.shape).copy_(lse)
+
+    return body
+
+
+def _counts_from_maximum(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Count the windows of a lone sequence from `max_seqlen_k`."""
+    windows, ends = inner(**given)
+    if len(ends) == 2:
+        kernel = given["kernel_size"], given["kernel_stride"]
+        ends = cu_seqlens_of([num_windows(given["max_seqlen_k"], *kernel)], ends.device)
+        more = windows.new_zeros(max(int(ends[-1]) - len(windows), 0), *windows.shape[1:])
+        windows = torch.cat([windows, more])
+    return windows, ends
+
+
+def _reads_padding(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Read the rows behind the last window, weighted by 0."""
+    k_c1: Tensor = given["k_c1"]
+    padding = k_c1[given["cu_seqlens_c1"][-1] :]
+    given["k_c1"] = k_c1 + 0 * padding.sum(dim=0)
+    return inner(**given)
 
 
 def _long_indices(inner: Callable[..., Any], given: Arguments) -> Any:
@@ -247,5 +281,38 @@ MUTANTS = (
             "check_compress", "k, cu_seqlens_k, max_seqlen_k, kernel_size, kernel_stride"
         ),
         function="compress_keys",
+    ),
+    Mutant(
+        "contract.static-buffer",
+        "contract.own-memory",
+        "All calls return their LSE in the same memory.",
+        "A workspace or the output of a captured graph, returned without a copy.",
+        wrap=Around(("attend",), _static_buffer, fresh=True),
+        function="attend",
+    ),
+    Mutant(
+        "contract.counts-from-maximum",
+        "contract.loose-lengths",
+        "The windows of a lone sequence are counted from `max_seqlen_k`.",
+        "max_seqlen taken for the length, which it is when only one sequence is tested.",
+        wrap=Around(("compress_keys",), _counts_from_maximum),
+        function="compress_keys",
+    ),
+    Mutant(
+        "contract.default-dtype",
+        "contract.settings",
+        "Scores are stored in the default dtype.",
+        "torch.full without a dtype, called while a model is loaded in bfloat16.",
+        (Edit("blocks", _SCORES, "result = torch.full(shape, -torch.inf, device=q.device)"),),
+        functions=("score_windows",),
+        function="score_windows",
+    ),
+    Mutant(
+        "contract.padding-read",
+        "contract.padding-not-read",
+        "Rows behind the last window are read, and weighted by 0.",
+        "Tiles of windows loaded without a mask.",
+        wrap=Around(("score_windows",), _reads_padding),
+        function="score_windows",
     ),
 )

@@ -57,6 +57,20 @@ def _gradient_for_own_blocks(inner: Callable[..., Any], given: Arguments) -> Any
     return out + leak.to(out.dtype), *rest
 
 
+def _noisy_gradient(inner: Callable[..., Any], given: Arguments) -> Any:
+    """Let the last bit of the gradients differ from call to call."""
+    for name in ("k", "v"):
+        given[name] = given[name] * 1
+        if given[name].requires_grad:
+            given[name].register_hook(_noise)
+    return inner(**given)
+
+
+def _noise(x: Tensor) -> Tensor:
+    up = torch.rand(x.shape, device=x.device) < 0.5
+    return torch.where(up, x * (1 + torch.finfo(x.dtype).eps), x)
+
+
 def _nothing(x: Tensor) -> Tensor:
     """Return 0, with a gradient that is not."""
     return (x.double() - x.detach().double()).nan_to_num().sum() * 1e-3
@@ -168,5 +182,12 @@ MUTANTS = (
             Edit("attend", _SAVED, f"{_SAVED}\n        total = total * (top > -torch.inf)"),
             Edit("attend", _MASK, ""),
         ),
+    ),
+    Mutant(
+        "attend.gradient-noise",
+        "attend.gradient-repeatable",
+        "The last bit of the gradients of k and v differs from call to call.",
+        "Sums over rows by atomic additions.",
+        wrap=Around(("attend",), _noisy_gradient),
     ),
 )

@@ -38,6 +38,19 @@ def _approximate(inner: Callable[..., Any], given: Arguments) -> Any:
 
 MUTANTS = (
     Mutant(
+        "score.normaliser-of-four",
+        "score.values-approximate",
+        "Windows of K_C2 are taken to be four times as long as those of K_C1.",
+        "`lse_kernel` not read, because the released model does not set it.",
+        (
+            Edit(
+                "windows",
+                "normaliser = _logits(q, k_c2, positions, c.lse_kernel_size, c.lse_kernel_stride)",
+                "normaliser = _logits(q, k_c2, positions, 4 * c.kernel_size, 4 * c.kernel_stride)",
+            ),
+        ),
+    ),
+    Mutant(
         "score.no-scale",
         "score.values-exact",
         "Logits are not scaled by 1 / sqrt(D).",
