@@ -55,7 +55,8 @@ def run_bank(
         except BrokenProcessPool:
             raise RuntimeError("a process that ran mutants died; -n 1 shows at which one") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for job in jobs:  # the running ones end by themselves, and are waited for
+                job.cancel()
 
 
 def examine(mutant: Mutant, profile: str, seed: int = 0, full: bool = False) -> Row:

@@ -22,6 +22,19 @@ REASONS: dict[str, str] = {
         "It finds nothing that score.values-approximate cannot, whose prefills begin with such "
         "rows. Its failure says that decision D4 is what is broken."
     ),
+    "score.large-logits": (
+        "score.invisible-not-read holds windows so large that rows which see them overflow a naive "
+        "exponential first. Here no window is out of the ordinary, only the logits are large, so "
+        "that the failure speaks of overflow, and infinities beyond the range are admitted."
+    ),
+    "pool.edges": (
+        "It finds nothing that pool.values cannot, which needed 22 cases for one of its faults. "
+        "It visits the first, the last and the partial block in every claimed shape."
+    ),
+    "attend.gradient-repeatable": (
+        "attend.gradients sees noise in the last bit where a gradient is exact and its bound 0. "
+        "Here every bit of every gradient counts, whatever the arithmetic that is declared."
+    ),
     "attend.every-token": (
         "attend.values draws the same regime, in one case of nine. Here every case has a channel "
         "for each token, which shows a lost one even where bounds are wide, because a kernel "

@@ -57,7 +57,7 @@ def _reads_all_values(inner: Callable[..., Any], given: Arguments) -> Any:
     out, lse, selected = inner(**given)
     out = out.clone()
     for span in spans(given["cu_seqlens_q"], given["cu_seqlens_k"]):
-        out[span.queries] += 0 * given["v"][span.keys].sum()
+        out[span.queries] += (0 * given["v"][span.keys]).sum()
     return out, lse, selected
 
 
