@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase
-from hypothesis.configuration import storage_directory
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
@@ -223,8 +224,9 @@ class Runner:
         phases += [Phase.reuse] if self.profile.database else []
         phases += [Phase.shrink] if self.shrink else []
         database = None
-        if self.profile.database:
-            database = DirectoryBasedExampleDatabase(storage_directory("examples"))
+        if self.profile.database:  # a folder for each rule: Hypothesis takes all for one test
+            folder = _examples() / "-".join(filter(None, ("infllmv2", self.rule, self.function)))
+            database = DirectoryBasedExampleDatabase(folder)
         return hypothesis.settings(
             max_examples=examples,
             phases=phases,
@@ -235,3 +237,8 @@ class Runner:
             verbosity=hypothesis.Verbosity.quiet,
             suppress_health_check=_NO_LIMITS,
         )
+
+
+def _examples() -> Path:
+    """Return where Hypothesis itself keeps failing examples: the variable is its own."""
+    return Path(os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY") or ".hypothesis") / "examples"

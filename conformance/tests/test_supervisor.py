@@ -55,6 +55,21 @@ def test_hang_costs_one_rule(tmp_path, write_fake, infllmv2):
     assert "in compress_keys" in done.stdout, "the place where it hangs"
 
 
+def test_thorough_search_remembers_what_failed(tmp_path, write_fake, infllmv2, environment):
+    """It is stored beside what Hypothesis stores, and comes before anything new is drawn."""
+    impl = write_fake(result="windows * (1 + (len(given['k']) > 2000)), cu_seqlens")
+    environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(tmp_path)
+    options = ("--profile", "thorough", "--rule", "compress.values", "--report", "out")
+    counts = []
+    for _ in range(2):
+        assert infllmv2("check", impl, *options).returncode == 1
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        counts.append(report["results"][0]["cases"])
+    assert [path.name for path in (tmp_path / "examples").iterdir()] == ["infllmv2-compress.values"]
+    assert counts[0] > 20, "the fault is in no case that is fixed"
+    assert counts[1] < 10
+
+
 @pytest.mark.parametrize(
     ("number", "status", "name"),
     [
