@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -311,6 +313,26 @@ def test_a_busy_cpu_makes_nobody_a_liar():
     asleep = [Reading(0.01, 0.2, 0.2)] * 3
     assert distrust(asleep, [], on_cpu=True)
     assert distrust(asleep, asleep, on_cpu=True) is None  # dense attention had to wait as long
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a thread waited")
+def test_the_wall_clock_stands_still_while_others_have_all_cores():
+    def work():
+        sum(range(3_000_000))
+
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        readings = [CpuWatch().time(work)[0] for _ in range(5)]
+        asleep = CpuWatch().time(lambda: time.sleep(0.1))[0]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert any(r.host > 1.5 * r.device for r in readings), "the others took no core"
+    assert distrust(readings, [], on_cpu=True) is None
+    assert all(r.wall < 1.5 * r.device for r in readings)
+    assert distrust([asleep], [], on_cpu=True)
 
 
 class _Simulated(CpuWatch):

@@ -7,6 +7,8 @@ replaced `time.perf_counter` changes nothing. `trust.py` compares the readings o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from time import monotonic_ns, perf_counter_ns, process_time_ns
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +26,8 @@ class Reading(NamedTuple):
     Args:
         device: what is reported.
         host: until the call returned to its caller.
-        wall: until the device had finished, by another clock.
+        wall: until the device had finished, by another clock; on Linux without the time that a
+            thread was ready to run and no core was free.
     """
 
     device: float
@@ -66,9 +69,11 @@ class CpuWatch:
 
     def time(self, call: Callable[[], Any]) -> tuple[Reading, Any]:
         """Time one call and return its result."""
+        queued = _queued_ns()
         wall, host, cpu = self._wall_ns(), self._host_ns(), self._cpu_ns()
         result = call()
         cpu, host, wall = self._cpu_ns() - cpu, self._host_ns() - host, self._wall_ns() - wall
+        wall -= max(_queued_ns() - queued, 0)
         return Reading(cpu * NANO, host * NANO, wall * NANO), result
 
     def flush(self) -> None:
@@ -79,6 +84,16 @@ class CpuWatch:
 
     def settle(self) -> None:
         """Do nothing: calls on a CPU return when they are done."""
+
+
+def _queued_ns(tasks: Path = Path("/proc/self/task")) -> int:
+    """Return how long the threads of this process have waited for a core; 0 where none tells."""
+    total = 0
+    with suppress(OSError):
+        for task in tasks.iterdir():
+            with suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
+                total += int((task / "schedstat").read_text().split()[1])
+    return total
 
 
 class CudaWatch:
