@@ -55,8 +55,9 @@ class Watch:
             self._monitor.finished(run, result)
 
     def waiting(self, run: Run) -> None:
-        """Write the report, if it is time to."""
-        self._save(run)
+        """Write the report, if it is time to; a run that may yet be refused leaves none."""
+        if self._run:
+            self._save(run)
 
     def _save(self, run: Run) -> None:
         """Write the report; whatever goes wrong there, the run goes on, and its end tells."""
