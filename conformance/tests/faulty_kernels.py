@@ -103,7 +103,11 @@ class NoCausalMask(PlainAttend):
 class UnpaddedPooling(_Only):
     """Pool with max_pool1d from window B // s * b on, where the stride divides the block."""
 
-    capabilities = _Only.capabilities | {"block_sizes": [64], "windows": [[32, 16]]}
+    capabilities = _Only.capabilities | {
+        "block_sizes": [64],
+        "windows": [[32, 16]],
+        "pooling_modes": ["overlap"],
+    }
 
     def pool_blocks(self, *, scores, config, **lengths):
         per_block = config.block_size // config.kernel_stride

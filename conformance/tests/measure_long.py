@@ -16,13 +16,14 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from infllmv2_conformance.candidate import Candidate
 from infllmv2_conformance.loading import load
-from infllmv2_conformance.mutants.suite_tests import tests
+from infllmv2_conformance.mutants.suite_tests import rule_tests
 from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.rules import LONG, RULES
 from infllmv2_conformance.runner import Runner
@@ -36,12 +37,12 @@ class Measured(Candidate):
         self.seconds = self.cpu_seconds = 0.0
         self.before = self.call_peak = self.judge_peak = 0
 
-    def call(self, function: str, **arguments: Any) -> Any:
-        """Call a function of the contract."""
+    def guarded(self, what: str, action: Callable[[], Any], *, wait: bool = True) -> Any:
+        """Run code of the implementation."""
         self._note_judging()
         self.before = _allocated()
         start, cpu = time.monotonic(), time.process_time()
-        result = super().call(function, **arguments)
+        result = super().guarded(what, action, wait=wait)
         self.seconds += time.monotonic() - start
         self.cpu_seconds += time.process_time() - cpu
         self.call_peak = max(self.call_peak, _peak() - self.before)
@@ -69,7 +70,7 @@ def measure(name: str, length: int, device: torch.device, rule: str) -> dict[str
     candidate = Measured(load(name))
     run = Runner(candidate, PROFILES["quick"], device, 0, rule, length=length)
     start, cpu = time.monotonic(), time.process_time()
-    tests()[rule](run)
+    rule_tests()[rule](run)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
     costs = candidate.finish()
     return {

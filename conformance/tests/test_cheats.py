@@ -13,7 +13,7 @@ from infllmv2_conformance.candidate import Candidate
 from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.failure import ConformanceFailure
 from infllmv2_conformance.loading import load
-from infllmv2_conformance.mutants.suite_tests import apply, tests
+from infllmv2_conformance.mutants.suite_tests import apply, rule_tests
 from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.rules import RULES
 from infllmv2_conformance.runner import Runner
@@ -83,9 +83,9 @@ def test_work_in_another_stream_is_exposed(name: str) -> None:
     size, rule = PROFILES["quick"], "contract.streams"
     run = Runner(candidate, size, device, seed=0, rule=rule, function="attend", shrink=False)
     with pytest.raises(ConformanceFailure, match="is wrong"):
-        tests()[rule](run)
+        rule_tests()[rule](run)
     run.candidate = load(f"{FILE}:Attend")
-    tests()[rule](run)
+    rule_tests()[rule](run)
 
 
 OTHERS = {"decode.several-tokens", "attend.gradients"}

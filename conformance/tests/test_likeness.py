@@ -13,7 +13,7 @@ from infllmv2_conformance.comparison import MOST_FAILURES, Comparison
 from infllmv2_conformance.failure import ConformanceFailure, Finding
 from infllmv2_conformance.loading import load
 from infllmv2_conformance.mutants import build, likeness
-from infllmv2_conformance.mutants.suite_tests import tests as suite_tests
+from infllmv2_conformance.mutants.suite_tests import rule_tests
 from infllmv2_conformance.profiles import PROFILES
 from infllmv2_conformance.runner import Runner
 from infllmv2_conformance.symptoms import Symptom
@@ -24,7 +24,7 @@ KERNELS = "conformance/tests/faulty_kernels.py"
 def failing(spec: str, rule: str) -> tuple[ConformanceFailure, Runner]:
     run = Runner(load(spec), PROFILES["quick"], torch.device("cpu"), 0, rule)
     with pytest.raises(ConformanceFailure) as caught:
-        suite_tests()[rule](run)
+        rule_tests()[rule](run)
     return caught.value, run
 
 
@@ -71,6 +71,12 @@ def test_check_tells_it_in_the_terminal_and_in_reports(infllmv2, tmp_path, pytes
     likened = report["results"][0]["failure"]["looks_like"]
     assert [like["id"] for like in likened] == ["compress.window-too-few"]
     assert line in (tmp_path / "out" / "junit.xml").read_text()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Let it take the time that it needs where other tests have the cores."""
+    monkeypatch.setattr(likeness, "SECONDS", 100.0)
 
 
 @pytest.fixture

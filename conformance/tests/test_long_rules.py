@@ -22,8 +22,7 @@ from infllmv2_conformance.loading import load
 from infllmv2_conformance.long.cases import Means, Plan
 from infllmv2_conformance.mutants.bank import LONG_MUTANTS
 from infllmv2_conformance.mutants.build import build
-from infllmv2_conformance.mutants.suite_tests import apply
-from infllmv2_conformance.mutants.suite_tests import tests as suite
+from infllmv2_conformance.mutants.suite_tests import apply, rule_tests
 from infllmv2_conformance.profiles import PROFILES, Profile
 from infllmv2_conformance.rules import LONG, RULES
 from infllmv2_conformance.runner import Runner
@@ -56,7 +55,7 @@ def few_rows(monkeypatch) -> None:
 @pytest.fixture
 def small_work(monkeypatch, few_rows) -> None:
     """Let calls be smaller than in a check."""
-    monkeypatch.setattr(Means, "of", lambda _: Means(work=1 << 27, size=1 << 28))
+    monkeypatch.setattr("infllmv2_conformance.long.cases.CPU_WORK", 1 << 27)
 
 
 def runner(candidate: Candidate, rule: str, length: int) -> Runner:
@@ -67,7 +66,7 @@ def runner(candidate: Candidate, rule: str, length: int) -> Runner:
 @pytest.mark.parametrize("rule", [r for r in RULES if RULES[r].stage == LONG])
 def test_eager_passes(rule):
     run = runner(narrow(load("eager")), rule, 3000)
-    suite()[rule](run)
+    rule_tests()[rule](run)
     assert run.tally.cases >= 2
 
 
@@ -75,12 +74,11 @@ def test_eager_passes(rule):
 @pytest.mark.parametrize("name", LONG_MUTANTS)
 def test_long_rules_kill_what_ordinary_ones_do_not(name, monkeypatch):
     """The rule that must kill it does, and ordinary rules of the same functions pass it."""
-    means = Means(work=WORK.get(name, 1 << 28), size=1 << 28)
-    monkeypatch.setattr(Means, "of", lambda _: means)
+    monkeypatch.setattr("infllmv2_conformance.long.cases.CPU_WORK", WORK.get(name, 1 << 28))
     mutant = LONG_MUTANTS[name]
     candidate = narrow(build(mutant))
     with pytest.raises(ConformanceFailure) as caught:
-        suite()[mutant.rule](runner(candidate, mutant.rule, LENGTHS.get(name, 20_000)))
+        rule_tests()[mutant.rule](runner(candidate, mutant.rule, LENGTHS.get(name, 20_000)))
     assert caught.value.case in caught.value.reproduce()
     few = Profile("few", examples=4, shape_classes=1, max_keys=400)
     for rule in ORDINARY_OF[mutant.rule]:
@@ -140,7 +138,7 @@ def test_a_wrong_number_is_reported_where_it_is(function):
     changed = Candidate("changed", Changed(function, _first_row_of_q), load("eager").capabilities)
     run = runner(narrow(changed), f"long.{function}", 1500)
     with pytest.raises(ConformanceFailure) as caught:
-        suite()[f"long.{function}"](run)
+        rule_tests()[f"long.{function}"](run)
     where = caught.value.finding.where
     assert where["position"] == 1499
     assert (where["head"], where["channel"]) == (0, 0)
@@ -153,7 +151,7 @@ def test_a_wrong_number_is_reported_where_it_is(function):
 def test_repeating_a_case_needs_no_length():
     case = Plan(narrow(load("eager")).capabilities, Means.of(CPU), 2000).released(rows=3)
     run = replace(runner(narrow(load("eager")), "long.attend", 0), only=case)
-    suite()["long.attend"](run)
+    rule_tests()["long.attend"](run)
     assert run.tally.cases == 1
 
 

@@ -21,7 +21,7 @@ from infllmv2_conformance.mutants.reach import reach
 from infllmv2_conformance.mutants.reasons import REASONS
 from infllmv2_conformance.mutants.suite_tests import Outcome
 from infllmv2_conformance.mutants.terminal import show_grid
-from infllmv2_conformance.rules import RULES
+from infllmv2_conformance.rules import ORDINARY, RULES
 from infllmv2_conformance.terminal import make_console
 
 SAMPLE = (
@@ -72,7 +72,7 @@ def test_sample_is_killed_by_the_rule_that_must_and_no_earlier_stage(name):
 
 
 def test_sample_is_of_every_stage():
-    stages = {rule.stage for rule in RULES.values()}
+    stages = {RULES[name].stage for name in ORDINARY}
     assert {MUTANTS[name].stage for name in SAMPLE} == stages
 
 
@@ -228,7 +228,7 @@ def test_quick_may_miss_a_few():
 
 
 def test_rule_that_kills_nothing_first_needs_a_reason(monkeypatch):
-    monkeypatch.setattr(matrices, "RULES", {n: RULES[n] for n in ("pool.values", "pool.edges")})
+    monkeypatch.setattr(matrices, "ORDINARY", ("pool.values", "pool.edges"))
     monkeypatch.setattr(matrices, "REASONS", {})
     row = killed("pool.no-padding")
     silent = "the rule pool.edges kills nothing, and reasons.py does not say why"
@@ -241,7 +241,7 @@ def test_rule_that_kills_nothing_first_needs_a_reason(monkeypatch):
 
 
 def test_reason_that_no_longer_holds_is_reported(monkeypatch):
-    monkeypatch.setattr(matrices, "RULES", {"pool.values": RULES["pool.values"]})
+    monkeypatch.setattr(matrices, "ORDINARY", ("pool.values",))
     monkeypatch.setattr(matrices, "REASONS", {"pool.values": "It kills nothing first."})
     assert (
         "but it kills pool.no-padding first" in problems(killed("pool.no-padding"), whole=True)[0]

@@ -12,6 +12,9 @@ from infllmv2_conformance.errors import UsageError
 from infllmv2_conformance.report import write_page
 from infllmv2_conformance.report.read import read_report
 
+FOLDERS = ("conformance", "sample")
+"""Where reports are, under `results/`."""
+
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Write the pages once the others are there."""
@@ -24,7 +27,8 @@ def _render(app: Sphinx, error: Exception | None) -> None:
         return
     folder = Path(app.outdir) / "reports"
     folder.mkdir(exist_ok=True)
-    stored = sorted((Path(app.srcdir) / "results").rglob("*.json"))
+    results = Path(app.srcdir) / "results"
+    stored = sorted(path for name in FOLDERS for path in (results / name).glob("*.json"))
     if len({path.stem for path in stored}) < len(stored):
         raise ExtensionError("two reports under docs/results have the same name")
     for path in stored:

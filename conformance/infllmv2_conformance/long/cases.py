@@ -23,6 +23,8 @@ RELEASED = {
 BLOCK_FIELDS = ("block_size", "kernel_size", "kernel_stride")
 SHORT = (33, 700)
 """Queries and keys of the sequence that stands before the long one, if batches are claimed."""
+CPU_WORK, CPU_SIZE = 1 << 33, 1 << 28
+"""What a CPU can do in about half a minute, and the bytes of a tensor that it can hold many of."""
 NARROW_DIM, NARROW_GROUP = 64, 8
 """Narrower heads and groups cost as much: what is not multiplied is still moved."""
 
@@ -47,7 +49,7 @@ class Means:
         is that much memory, scores whose offsets exceed 2**31.
         """
         if device.type == "cpu":
-            return cls(work=1 << 33, size=1 << 28)
+            return cls(CPU_WORK, CPU_SIZE)
         _, total = torch.cuda.mem_get_info(device)
         return cls(work=1 << 49, size=min(total // 5, 9 << 30))
 

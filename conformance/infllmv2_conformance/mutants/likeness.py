@@ -31,9 +31,9 @@ from .bank import MUTANTS
 from .build import build
 from .model import Mutant
 from .reach import reach
-from .suite_tests import tests
+from .suite_tests import rule_tests
 
-SECONDS = 4.0
+SECONDS = 8.0
 """Computing time that may be spent on one failure."""
 OTHER_CASES = 40
 """Cases of the search, besides the reported one, that a mutant must agree on."""
@@ -79,7 +79,7 @@ class Suspect:
             shrink=False,
         )
         try:
-            tests()[self.run.rule](run)
+            rule_tests()[self.run.rule](run)
         except ConformanceFailure:
             return run.seen.get(case)
         except pytest.skip.Exception:
@@ -162,7 +162,7 @@ def _surveyed(run: Runner, deadline: float) -> Mapping[Case, Symptom | None]:
     )
     survey.deadline = deadline
     with suppress(pytest.skip.Exception):
-        tests()[run.rule](survey)
+        rule_tests()[run.rule](survey)
     return survey.seen
 
 

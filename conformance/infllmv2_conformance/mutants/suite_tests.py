@@ -79,7 +79,7 @@ def apply(
     start = time.perf_counter()
     what, claimed = "", True
     try:
-        tests()[rule.id](run)
+        rule_tests()[rule.id](run)
     except ConformanceFailure as failure:
         what = failure.finding.what
     except pytest.skip.Exception:
@@ -95,7 +95,7 @@ def targets(rule: Rule, candidate: Candidate) -> list[str]:
 
 
 @cache
-def tests() -> dict[str, Test]:
+def rule_tests() -> dict[str, Test]:
     """Return the suite's test of every rule."""
     found = dict(_marked())
     missing = sorted(set(RULES) - set(found))

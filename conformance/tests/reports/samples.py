@@ -31,6 +31,8 @@ from infllmv2_reference.score import visible_windows
 CONFIG = SparseConfig(
     block_size=16, kernel_size=8, kernel_stride=4, window_size=32, topk=7, dense_len=-1
 )
+FINISHED = 32
+"""Results of a run that was stopped early."""
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 
 
@@ -217,7 +219,7 @@ def failed() -> Run:
 def interrupted() -> Run:
     """Return a run that was stopped early."""
     run = green()
-    for key in run.plan[30:]:
+    for key in run.plan[FINISHED:]:
         del run.results[key]
     run.stopped, run.signal, run.running = "Ctrl-C", 2, ["attend.gradients"]
     run.only = {"stages": ["score", "attend"], "rules": []}

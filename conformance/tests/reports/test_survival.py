@@ -110,7 +110,7 @@ def test_implementation_that_cannot_be_loaded_again_ends_the_run(tmp_path, write
 
 
 def test_exception_of_the_suite_is_in_the_report(tmp_path, write_fake, infllmv2, validate):
-    broken = "import infllmv2_conformance.trial as t\nt.judge = lambda *a: 1 / 0"
+    broken = "import hypothesis\nhypothesis.given = lambda *a, **k: 1 / 0"
     impl = write_fake(at_import=broken)
     done = infllmv2("check", impl, "--rule", "compress.values", "--report", "out")
     assert done.returncode == 1
