@@ -57,11 +57,13 @@ class Tally:
 
     Args:
         cases: cases that ran to their end or failed.
+        sound: those among them in which `Trial.is_sound` was asked, and saw a right result.
         worst_ratio: the largest difference over its bound, None if the rule compares no numbers.
         margins: how many places use how much of their bound.
     """
 
     cases: int = 0
+    sound: int = 0
     worst_ratio: float | None = None
     margins: Margins = field(default_factory=Margins)
 
@@ -100,6 +102,7 @@ class Runner:
     length: int = 0
     tally: Tally = field(default_factory=Tally)
     seen: dict[Case, Symptom | None] = field(default_factory=dict[Case, "Symptom | None"])
+    _unsound: tuple[ConformanceFailure, Case] | None = None
 
     def cases(
         self,
@@ -112,7 +115,8 @@ class Runner:
         """Apply `check` to the `corners` and to cases drawn from `strategy`.
 
         Raises:
-            ConformanceFailure: of the smallest failing case found.
+            ConformanceFailure: of the smallest failing case found, or because there was no case
+                in which the function was right on plain inputs where the rule asks for that.
         """
         try:
             self._search(strategy, check, corners, weight)
@@ -120,6 +124,7 @@ class Runner:
         except ConformanceFailure as failure:
             self._explain(failure, check)
             raise
+        self._check_applied()
 
     def _search(
         self,
@@ -189,6 +194,19 @@ class Runner:
             self.seen[case] = Symptom.of(failure.finding)
             raise
         self.seen[case] = None
+        self.tally.sound += trial.sound is True
+        if trial.unsound:
+            self._unsound = trial.unsound, case
+
+    def _check_applied(self) -> None:
+        """Fail if the rule never applied: that nothing was found then says nothing."""
+        if self._unsound is None or self.tally.sound:
+            return
+        failure, case = self._unsound
+        what = f"cannot be tested: {self.function} is wrong with nothing special about the call"
+        failure.finding.what = f"{what}: {failure.finding.what}"
+        self.dress(failure, case)
+        raise failure
 
     def dress(self, failure: ConformanceFailure, case: Case | None) -> None:
         """Tell a failure what it belongs to."""

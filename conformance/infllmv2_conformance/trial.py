@@ -43,6 +43,10 @@ class Trial:
         self.case, self.candidate, self.device = case, candidate, device
         self.note, self.function = note, function
         self.capabilities = candidate.capabilities
+        self.sound: bool | None = None
+        """Whether the function is right on plain inputs; None if nothing was asked or computed."""
+        self.unsound: ConformanceFailure | None = None
+        """How it is wrong on them."""
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -101,15 +105,19 @@ class Trial:
 
         Fresh memory and what surrounds the arguments hold 0 then, as they often do. Rules about
         how a function is called apply only then: a function that computes the wrong thing is
-        reported by the rules of its stage, once.
+        reported by the rules of its stage, once. If it is wrong in every case of a rule, that
+        rule fails too, as `Runner.cases` says.
         """
         plain = self.on(self.case.sequences, self.inputs)
         plain.__dict__["oracle"], plain.note = self.oracle, _ignore
         try:
             with self.candidate.surrounded(CALM):
-                plain.check(self.function)
-        except ConformanceFailure:
+                pieces = plain.check(self.function)
+        except ConformanceFailure as failure:
+            self.sound, self.unsound = False, failure
             return False
+        if any(x is not None and x.numel() for piece in pieces for x in piece):
+            self.sound = True
         return True
 
     def judge(

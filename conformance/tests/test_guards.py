@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -182,17 +184,38 @@ def test_no_contract_rule_passes_over_a_sound_implementation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A rule that finds the function wrong on plain inputs checks nothing: here none may."""
+    candidate = load("eager")
     is_sound, asked = Trial.is_sound, list[bool]()
     monkeypatch.setattr(Trial, "is_sound", lambda self: asked.append(is_sound(self)) or asked[-1])
     monkeypatch.setattr(integrity, "changes", lambda: [])  # which would put it back
     size = Profile("tiny", examples=5, shape_classes=2, max_keys=80, max_pairs=5_000)
-    candidate = load("eager")
     for rule in RULES.values():
         if rule.stage == "contract" and rule.id != "contract.batch-invariant":
             for function in rule.functions:
                 assert not apply(rule, candidate, size, function=function).killed
     assert len(asked) > 100
     assert all(asked)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.startswith("contract.")])
+def test_contract_rules_do_not_pass_a_function_that_is_always_wrong(rule: str) -> None:
+    """That a rule found nothing where it never applied is no news, and no pass."""
+
+    class Doubled:
+        def attend(self, **given: object) -> object:
+            out, lse = load("eager").target.attend(**given)  # type: ignore[attr-defined]
+            return 2 * out, lse
+
+    claims = replace(load("eager").capabilities, batch_invariant=True)
+    size = Profile("tiny", examples=20, shape_classes=2, max_keys=80, max_pairs=5_000)
+    outcome = apply(RULES[rule], Candidate("doubled", Doubled(), claims), size, function="attend")
+    if rule in ("contract.inputs-unchanged", "contract.form", "contract.bad-input"):
+        assert not outcome.killed, "these look at no value"
+    elif rule == "contract.streams":
+        assert not outcome.claimed, "on a CPU"
+    else:
+        assert outcome.killed
+        assert outcome.what.startswith("cannot be tested: attend is wrong with nothing special")
 
 
 def test_soundness_is_judged_in_calm_memory() -> None:
