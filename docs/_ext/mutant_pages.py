@@ -61,14 +61,14 @@ def _row(mutant: Mutant) -> str:
     name = f"`{mutant.rule}`" + (f" of `{mutant.function}`" if mutant.function else "")
     killer = f"[{name}](rules.md#{rule.link.partition('#')[2]})"
     anchor = f'<span id="{mutant.id.replace(".", "-")}"></span>`{mutant.id}`'
-    return f"| {anchor} | {_cell(mutant.sentence)} | {_cell(mutant.seen)} | {killer} |"
+    return f"| {anchor} | {cell(mutant.sentence)} | {cell(mutant.seen)} | {killer} |"
 
 
 def _reasons() -> list[str]:
-    return [f"- `{rule}`: {_cell(reason)}" for rule, reason in REASONS.items()]
+    return [f"- `{rule}`: {cell(reason)}" for rule, reason in REASONS.items()]
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Let a text stand in a table: formulas as they are, no markup by accident."""
     for character in "\\|*_`<$":
         text = text.replace(character, f"\\{character}")

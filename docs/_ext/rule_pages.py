@@ -13,7 +13,11 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
+from infllmv2_conformance.mutants.bank import LONG_MUTANTS, MUTANTS
+from infllmv2_conformance.mutants.model import Mutant
+from infllmv2_conformance.mutants.reasons import REASONS
 from infllmv2_conformance.rules import RULES, Rule
+from mutant_pages import cell
 
 PAGE = "rules"
 PLACE = "```{rules}\n```\n"
@@ -67,7 +71,24 @@ def _lines() -> list[str]:
         lines += [f"## {stage}", "", f"Explained in [{EXPLAINED[stage]}]({EXPLAINED[stage]}).", ""]
         for rule in rules:
             lines += [f"### {rule.id}", "", rule.sentence, "", f"{_needs(rule)}.", ""]
+            lines += [*_causes(rule), ""]
     return lines
+
+
+def _causes(rule: Rule) -> list[str]:
+    """Return the faults that the rule is known to find, or why there is none."""
+    killed = [m for m in (MUTANTS | LONG_MUTANTS).values() if m.rule == rule.id]
+    if not killed:
+        reason = REASONS.get(rule.id)
+        if not reason:
+            raise ExtensionError(f"{rule.id} has neither a mutant nor a reason to have none")
+        return [f"No mutant is its own: {cell(reason)}"]
+    faults = [m for m in killed if m.base == "eager"] or killed
+    return ["Faults that it finds:", "", *(f"- {_fault(mutant)}" for mutant in faults)]
+
+
+def _fault(mutant: Mutant) -> str:
+    return f"{cell(mutant.sentence)} {cell(mutant.seen)} `{mutant.id}`"
 
 
 def _needs(rule: Rule) -> str:
