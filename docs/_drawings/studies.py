@@ -102,6 +102,35 @@ def normaliser_differs() -> Figure:
     return figure
 
 
+def selection_time() -> Figure:
+    """Draw where the time of a forward goes, with either normaliser."""
+    times = load("selection-time")["results"]["131072"]
+    figure, (axes,) = canvas(2.4)
+    names = [("correlated", "select"), ("correlated", "select_exact")]
+    names += [("random", "select"), ("random", "select_exact")]
+    labels = [f"{k}, {'exact' if 'exact' in s else 'approximate'}" for k, s in names] + ["dense"]
+    for y, (kind, select) in enumerate(names):
+        left = 0.0
+        parts = (times["compress"], SOFT), (times[select], ORANGE), (times[f"attend_{kind}"], BLUE)
+        for width, colour in parts:
+            axes.barh(y, width, 0.6, left=left, color=colour)
+            left += width
+        share = times[f"share_{select}_{kind}"]
+        text = f"{left:.0f} ms, {share:.0%} of it to select"
+        axes.text(left + 2, y, text, va="center", **SMALL)
+    axes.barh(len(names), times["dense"], 0.6, color=FAINT, edgecolor=SOFT, linewidth=0.6)
+    axes.text(
+        times["dense"] - 3, len(names), f"{times['dense']:.0f} ms", va="center", ha="right", **SMALL
+    )
+    for label, colour in (("select", ORANGE), ("attend", BLUE)):
+        axes.barh(0, 0, color=colour, label=label)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds, 128k tokens", xlim=(0, 250))
+    axes.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 0.95))
+    return figure
+
+
 def coverage_one() -> Figure:
     """Draw the part of its context that one query attends, by budget."""
     results = load("coverage")["results"]["one_query"]
@@ -204,6 +233,7 @@ ALL = (
     needles_offset,
     normaliser_spread,
     normaliser_differs,
+    selection_time,
     coverage_one,
     coverage_union,
     sensitivity,
