@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,10 +106,18 @@ def edit_at(module: str, before: str, after: str) -> RandomEdit:
     return RandomEdit(module, Change("test", start, start + len(before), after, "compress"))
 
 
-def test_pool_tells_every_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_tells_every_end() -> None:
+    """In a process of its own: one in which a backward pass has run cannot fork."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    code += "import test_random_edits as t; t.check_every_end()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def check_every_end() -> None:
     tiny = Profile("tiny", examples=2, shape_classes=1, max_keys=40, max_pairs=2_000)
-    monkeypatch.setitem(edit_pool.SIZES, "tiny", tiny)
-    monkeypatch.setattr(edit_pool, "_warm_up", lambda _: None)
+    edit_pool.SIZES["tiny"] = tiny
+    edit_pool._warm_up = lambda _: None
     line = "    wide = wide_dtype(keys.dtype)\n    row_bytes"
     edits = {
         "killed": edit_at("windows", "[::stride] / size", "[::stride] * size"),

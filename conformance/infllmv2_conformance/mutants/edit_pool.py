@@ -61,6 +61,9 @@ def run_edits(
         stages: how many of the stages that an edit reaches are run, from the first; 0 for all.
         seconds: of the CPU that one rule may take; longer counts as noticed, as it does in a check.
         workers: processes at a time.
+
+    Raises:
+        RuntimeError: it cannot be found out which functions an edit reaches.
     """
     context = multiprocessing.get_context("fork")
     torch.set_num_threads(1)
@@ -184,11 +187,21 @@ def _plan(
 def _reached(context: ForkContext) -> dict[str, frozenset[Place]]:
     """Return where each contract function comes, found in a child because of its backward pass."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: theirs.send({f: called(f) for f in EVERYTHING}))
+
+    def tell() -> None:
+        theirs.send({f: called(f, False) | called(f, True) for f in EVERYTHING})
+
+    process = context.Process(target=tell)
     process.start()
-    found = ours.recv()
-    process.join()
-    return found
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RuntimeError(
+            "the process that watches what the functions call has died, for the reason above"
+        ) from None
+    finally:
+        process.join()
 
 
 def _address_space() -> int:
