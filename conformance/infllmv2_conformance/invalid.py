@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .capabilities import Capabilities
+from .failure import fail
 
 _PACKED = ("q", "k", "v", "k_c1")
 _ROWS = ("scores", "block_scores", "selected")
@@ -46,6 +47,29 @@ def invalid_calls(
     calls = [wrong for maker in makers for wrong in maker(given)]
     calls += _missing_selection_inputs(given) if function == "attention" else []
     yield from (wrong for wrong in calls if wrong.kind in capabilities.validates)
+
+
+def check_refused(wrong: Invalid, error: Exception | None) -> None:
+    """Fail unless a wrong call raised an error of the right kind that names the argument.
+
+    Args:
+        wrong: the call.
+        error: what it raised, None if nothing.
+    """
+    if error is None:
+        fail(f"{wrong.what} was accepted", expected="ValueError or TypeError")
+    elif not isinstance(error, (ValueError, TypeError)):
+        fail(
+            f"{wrong.what} raised the wrong kind of error",
+            expected="ValueError or TypeError",
+            actual=f"{type(error).__name__}: {error}",
+        )
+    elif not any(name in str(error) for name in wrong.names):
+        fail(
+            f"the error about {wrong.what} does not name the argument",
+            expected=f"a message with one of {list(wrong.names)}",
+            actual=f"{type(error).__name__}: {error}",
+        )
 
 
 def _shapes(given: dict[str, Any]) -> Iterator[Invalid]:

@@ -50,16 +50,16 @@ class Machine:
         case = trial.case
         self.slack = case.choice % 5
         self.strided = trial.capabilities.non_contiguous and case.choice % 2 == 1
-        self.cache: Any = trial.candidate.call(
-            "new_cache",
-            batch=len(self.rows),
-            max_seqlen_k=max(trial.inputs.max_seqlen_k, 1) + self.slack,
-            num_kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            dtype=trial.inputs.k.dtype,
-            device=trial.inputs.k.device,
-            config=case.config,
-        )
+        self.size: dict[str, Any] = {
+            "batch": len(self.rows),
+            "max_seqlen_k": max(trial.inputs.max_seqlen_k, 1) + self.slack,
+            "num_kv_heads": case.kv_heads,
+            "head_dim": case.head_dim,
+            "dtype": trial.inputs.k.dtype,
+            "device": trial.inputs.k.device,
+            "config": case.config,
+        }
+        self.cache: Any = trial.candidate.call("new_cache", **self.size)
 
     def run(self, steps: list[Step]) -> None:
         """Apply steps in order; every decode is judged."""
@@ -69,39 +69,43 @@ class Machine:
 
     def append(self, counts: list[int]) -> None:
         """Append fresh tokens, as many as there are."""
-        new: list[range] = []
-        for i, count in enumerate(counts):
-            taken = range(self.fresh[i], min(self.fresh[i] + count, self.ends[i]))
+        new = self._fresh(counts)
+        self.trial.candidate.call("append", **self.append_arguments(counts))
+        for i, taken in enumerate(new):
             self.fresh[i] += len(taken)
             self.rows[i] += taken
-            new.append(taken)
-        batch = self._pick([range(0)] * len(new), new)
+
+    def append_arguments(self, counts: list[int]) -> dict[str, Any]:
+        """Return the arguments of an append of fresh tokens, as many as there are."""
+        batch = self._pick([range(0)] * len(counts), self._fresh(counts))
         extra = {} if batch.selection_k is None else {"selection_k": batch.selection_k}
-        self.trial.candidate.call(
-            "append",
-            cache=self.cache,
-            k=self._view(batch.k),
-            v=self._view(batch.v),
-            cu_seqlens=batch.cu_seqlens_k,
-            max_seqlen=batch.max_seqlen_k + self.slack,
+        return {
+            "cache": self.cache,
+            "k": self._view(batch.k),
+            "v": self._view(batch.v),
+            "cu_seqlens": batch.cu_seqlens_k,
+            "max_seqlen": batch.max_seqlen_k + self.slack,
             **extra,
-        )
+        }
 
     def decode(self, counts: list[int]) -> None:
         """Attend from the last tokens of every sequence and judge the result."""
-        queries = [rows[max(len(rows) - n, 0) :] for rows, n in zip(self.rows, counts, strict=True)]
-        batch = self._pick(queries, self.rows)
-        extra = {} if batch.selection_q is None else {"selection_q": batch.selection_q}
-        result = self.trial.candidate.call(
-            "decode",
-            cache=self.cache,
-            q=self._view(batch.q),
-            cu_seqlens_q=batch.cu_seqlens_q,
-            max_seqlen_q=batch.max_seqlen_q + self.slack,
-            **extra,
-        )
-        trial = self._trial(queries, batch)
+        result = self.trial.candidate.call("decode", **self.decode_arguments(counts))
+        queries = self._last(counts)
+        trial = self._trial(queries, self._pick(queries, self.rows))
         trial.judge("attention", trial.split("attention", result), {})
+
+    def decode_arguments(self, counts: list[int]) -> dict[str, Any]:
+        """Return the arguments of a decode of the last tokens of every sequence."""
+        batch = self._pick(self._last(counts), self.rows)
+        extra = {} if batch.selection_q is None else {"selection_q": batch.selection_q}
+        return {
+            "cache": self.cache,
+            "q": self._view(batch.q),
+            "cu_seqlens_q": batch.cu_seqlens_q,
+            "max_seqlen_q": batch.max_seqlen_q + self.slack,
+            **extra,
+        }
 
     def reset(self, counts: list[int]) -> None:
         """Take tokens back from the end of every sequence."""
@@ -129,6 +133,13 @@ class Machine:
             pieces = trial.split("compress_keys", held[2 * which : 2 * which + 2])
             given = {"kernel_size": size, "kernel_stride": stride}
             trial.judge("compress_keys", pieces, given)
+
+    def _fresh(self, counts: list[int]) -> list[range]:
+        starts = zip(self.fresh, counts, self.ends, strict=True)
+        return [range(first, min(first + count, end)) for first, count, end in starts]
+
+    def _last(self, counts: list[int]) -> list[list[int]]:
+        return [rows[max(len(rows) - n, 0) :] for rows, n in zip(self.rows, counts, strict=True)]
 
     def _view(self, x: Tensor) -> Tensor:
         """Return a slice of a wider tensor, as of a fused projection, in every other case."""

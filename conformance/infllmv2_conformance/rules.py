@@ -193,6 +193,12 @@ _ALL = [
         ("decode.switch", "Decoding switches from dense to sparse at dense_len keys."),
     ),
     Rule(
+        "decode.bad-input",
+        "Bad input raises an error that names the argument, and leaves the cache as it was.",
+        CACHE_FUNCTIONS,
+        ("validates",),
+    ),
+    Rule(
         "decode.windows",
         "Appending adds exactly the windows that the new tokens complete.",
         ("new_cache", "append", "cached_windows"),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from infllmv2_conformance.cases import Case
 from infllmv2_conformance.inputs import Inputs
+from infllmv2_conformance.invalid import check_refused
+from infllmv2_conformance.invalid_cache import invalid_appends, invalid_caches, invalid_decodes
 from infllmv2_conformance.programs import Machine, parse_steps, programs, write_steps
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -88,6 +90,32 @@ def test_switch(run: Runner) -> None:
         return case.with_(dense_len=max(case.sequences[0][1] - 3, 0))
 
     _run(run, program, batch=1, change=change)
+
+
+@rule("decode.bad-input")
+def test_bad_input(run: Runner) -> None:
+    """Break one argument at a time, then go on as if nothing had been asked."""
+
+    def check(trial: Trial) -> None:
+        machine, claims = Machine(trial), trial.capabilities
+        counts = [1 + keys // 2 for _, keys in trial.case.sequences]
+        machine.append(counts)
+        candidate, size = trial.candidate, machine.size
+        for wrong in invalid_caches(claims):
+            check_refused(wrong, candidate.error_of("new_cache", **(size | wrong.changes)))
+        lengths = [len(rows) for rows in machine.rows]
+        room = [size["max_seqlen_k"] - length for length in lengths]
+        given = machine.append_arguments([2] * len(counts))
+        for wrong in invalid_appends(given, room, claims):
+            check_refused(wrong, candidate.error_of("append", **(given | wrong.changes)))
+        given = machine.decode_arguments([1] * len(counts))
+        for wrong in invalid_decodes(given, lengths, trial.case.kv_heads, claims):
+            check_refused(wrong, candidate.error_of("decode", **(given | wrong.changes)))
+        machine.append([2] * len(counts))
+        machine.decode([3] * len(counts))
+
+    drawn = cases(run, supply=True, max_keys=60, min_sequences=1, max_sequences=2, min_keys=4)
+    run.cases(drawn, check, weight=0.2)
 
 
 @rule("decode.windows")

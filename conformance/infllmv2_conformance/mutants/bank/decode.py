@@ -10,6 +10,7 @@ from .faults import positions
 _COUNTS = "first, last = num_windows(start, size, stride), num_windows(end, size, stride)"
 _STORE = "windows[sequence, first:last] = compress(keys, size, stride, first)"
 CACHE = ("new_cache", "append", "decode", "reset", "cached_windows")
+_CHECK = "checks.check_append(k, v, cu_seqlens, max_seqlen, selection_k, *limits)"
 _LOOP = "for i in range(len(ends) - 1):"
 
 
@@ -154,6 +155,28 @@ MUTANTS = (
                 "ends = cu_seqlens.tolist()\n"
                 "        cache.prompt = getattr(cache, 'prompt', max(ends))\n"
                 f"        {_LOOP}\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "decode.error-of-another",
+        "decode.bad-input",
+        "An error about k names v.",
+        "Arguments swapped on their way to the checks, which treat both alike.",
+        (Edit("implementation", _CHECK, _CHECK.replace("(k, v,", "(v, k,")),),
+    ),
+    Mutant(
+        "decode.refused-append-counts",
+        "decode.bad-input",
+        "An append that is refused has already advanced the lengths.",
+        "State that is changed before the arguments are checked.",
+        (
+            Edit(
+                "implementation",
+                _CHECK,
+                "old, cache.lengths = cache.lengths, [n + 1 for n in cache.lengths]\n"
+                f"        {_CHECK}\n"
+                "        cache.lengths = old",
             ),
         ),
     ),
