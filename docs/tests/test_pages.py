@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import stored
 from _drawings import DRAWINGS
 from drawings import draw
 
+DOCS = Path(__file__).resolve().parents[1]
 CONF = 'extensions = ["myst_parser", "rule_lists", "drawings", "stored"]\nnitpicky = True\n'
 
 
@@ -103,3 +105,9 @@ def test_drawings(name: str) -> None:
     assert "url(http" not in svg
     rest = svg.replace("http://www.w3.org", "")
     assert "http" not in rest
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda p: p.name)
+def test_nothing_is_left_to_be_filled_in(path: Path) -> None:
+    text = path.read_text()
+    assert not re.findall(r"@@\w*|\{\{\w*|\bTODO\b|\bTBD\b", text)
