@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,7 @@ def check_refused(wrong: Invalid, error: Exception | None) -> None:
             expected="ValueError or TypeError",
             actual=f"{type(error).__name__}: {error}",
         )
-    elif not any(name in str(error) for name in wrong.names):
+    elif not any(re.search(rf"\b{name}\b", str(error)) for name in wrong.names):
         fail(
             f"the error about {wrong.what} does not name the argument",
             expected=f"a message with one of {list(wrong.names)}",

@@ -41,6 +41,7 @@ def invalid_appends(
         *_of_tensor("v", v),
         Invalid("shapes", "v with a row too few", {"v": v[:-1]}, ("v",)),
         *_of_lengths("cu_seqlens", "max_seqlen", given, ("k", k)),
+        _of_selection("selection_k", given, k),
     ]
     sizes = given["cu_seqlens"].diff().tolist()
     more = max(room) + 1
@@ -67,7 +68,11 @@ def invalid_decodes(
         capabilities: what is claimed.
     """
     q = given["q"]
-    calls = [*_of_tensor("q", q), *_of_lengths("cu_seqlens_q", "max_seqlen_q", given, ("q", q))]
+    calls = [
+        *_of_tensor("q", q),
+        *_of_lengths("cu_seqlens_q", "max_seqlen_q", given, ("q", q)),
+        _of_selection("selection_q", given, q),
+    ]
     if num_kv_heads > 1:
         names = ("q", "num_heads", "heads")
         what = "a number of query heads that HK does not divide"
@@ -79,6 +84,22 @@ def invalid_decodes(
     changes |= {} if extra is None else {"selection_q": extra[rows]}
     what = "more queries than the cache has tokens"
     calls.append(Invalid("cu_seqlens", what, changes, ("cu_seqlens_q",)))
+    yield from _claimed(calls, capabilities)
+
+
+def invalid_resets(lengths: list[int], capabilities: Capabilities) -> Iterator[Invalid]:
+    """Yield the wrong calls of `reset` that the implementation claims to refuse.
+
+    Args:
+        lengths: how many tokens of every sequence the cache holds.
+        capabilities: what is claimed.
+    """
+    longer = [*lengths[:-1], lengths[-1] + 1]
+    calls = [
+        Invalid("shapes", "lengths of another batch", {"lengths": [*lengths, 0]}, ("lengths",)),
+        Invalid("cu_seqlens", "lengths below 0", {"lengths": [-1] * len(lengths)}, ("lengths",)),
+        Invalid("cu_seqlens", "lengths beyond the tokens", {"lengths": longer}, ("lengths",)),
+    ]
     yield from _claimed(calls, capabilities)
 
 
@@ -96,6 +117,13 @@ def _of_tensor(name: str, x: Tensor) -> list[Invalid]:
         Invalid("dtypes", f"{name} of another dtype", {name: x.to(dtype)}, (name,)),
         Invalid("devices", f"{name} on another device", {name: x.to("meta")}, (name, "device")),
     ]
+
+
+def _of_selection(name: str, given: dict[str, Any], twin: Tensor) -> Invalid:
+    """Return a call without the input that `use_nope` asks for, or with one it does not."""
+    missing = name in given
+    what = f"use_nope without {name}" if missing else f"{name} without use_nope"
+    return Invalid("config", what, {name: None if missing else twin}, (name, "use_nope"))
 
 
 def _of_lengths(

@@ -151,8 +151,9 @@ def _is_asynchronous(call: Callable[[], Any]) -> bool:
 def distrust(readings: list[Reading], others: list[Reading], on_cpu: bool) -> str | None:
     """Say why the times of a call are not believed; None if they are.
 
-    On a CPU the wall clock also counts what other programs do, so that only a call is doubted that
-    is too long by the wall clock every time, and longer than dense attention had to wait.
+    On a CPU the wall clock may also count what other programs do, where the system does not say how
+    long a thread waited for a core. So only a call is doubted that is too long by the wall clock
+    every time, and longer than dense attention had to wait.
 
     Args:
         readings: of the call, from the timed rounds.

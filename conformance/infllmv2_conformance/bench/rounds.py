@@ -21,8 +21,6 @@ from .watches import Reading, Watch
 
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 50
-SECOND_HEARING = 30
-"""Calls by which a competitor on a busy CPU may still show that its clock is right."""
 FAR = 10
 """How many times the longest call one may be predicted to take, and still be tried."""
 
@@ -266,9 +264,6 @@ def _judge_timed(
         dense = [r for r, _ in timed if r.function.startswith("dense") and r is not result]
         others = [reading for r in dense for reading in r.readings.get(state, [])]
         reason = distrust(readings, others, on_cpu)
-        if reason and on_cpu:  # a busy machine, or a liar: only one of them changes with time
-            again = [entrant.time(state == "cold")[0] for _ in range(SECOND_HEARING)]
-            reason = distrust(readings + again, others, on_cpu)
         typical = Reading(*(median([r[i] for r in readings]) for i in range(3)))
         if not reason and entrant.mode in ("events", "graph") and typical.device < BACK_TO_BACK:
             reason = None if entrant.agrees(typical) else _LIES

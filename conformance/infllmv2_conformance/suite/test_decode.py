@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from infllmv2_conformance.cases import Case
 from infllmv2_conformance.inputs import Inputs
 from infllmv2_conformance.invalid import check_refused
-from infllmv2_conformance.invalid_cache import invalid_appends, invalid_caches, invalid_decodes
+from infllmv2_conformance.invalid_cache import (
+    invalid_appends,
+    invalid_caches,
+    invalid_decodes,
+    invalid_resets,
+)
 from infllmv2_conformance.programs import Machine, parse_steps, programs, write_steps
 from infllmv2_conformance.rules import rule
 from infllmv2_conformance.runner import Runner
@@ -98,9 +103,9 @@ def test_bad_input(run: Runner) -> None:
 
     def check(trial: Trial) -> None:
         machine, claims = Machine(trial), trial.capabilities
+        candidate, size = trial.candidate, machine.size
         counts = [1 + keys // 2 for _, keys in trial.case.sequences]
         machine.append(counts)
-        candidate, size = trial.candidate, machine.size
         for wrong in invalid_caches(claims):
             check_refused(wrong, candidate.error_of("new_cache", **(size | wrong.changes)))
         lengths = [len(rows) for rows in machine.rows]
@@ -111,10 +116,24 @@ def test_bad_input(run: Runner) -> None:
         given = machine.decode_arguments([1] * len(counts))
         for wrong in invalid_decodes(given, lengths, trial.case.kv_heads, claims):
             check_refused(wrong, candidate.error_of("decode", **(given | wrong.changes)))
+        if candidate.offers("reset"):
+            for wrong in invalid_resets(lengths, claims):
+                error = candidate.error_of("reset", cache=machine.cache, **wrong.changes)
+                check_refused(wrong, error)
         machine.append([2] * len(counts))
         machine.decode([3] * len(counts))
 
-    drawn = cases(run, supply=True, max_keys=60, min_sequences=1, max_sequences=2, min_keys=4)
+    if set(run.candidate.capabilities.validates) <= {"selected"}:
+        run.unclaimed("a kind of bad input that a cache can get")
+    drawn = cases(
+        run,
+        supply=True,
+        max_keys=60,
+        min_sequences=1,
+        max_sequences=2,
+        min_keys=4,
+        use_nope=True,
+    )
     run.cases(drawn, check, weight=0.2)
 
 

@@ -1,4 +1,4 @@
-"""The mutants as data, one file for each stage."""
+"""The mutants as data, one file or two for each stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from infllmv2_conformance.mutants.model import Mutant
 
 from . import (
     attend,
+    attend_sums,
     attention,
     compress,
     contract,
@@ -38,6 +39,7 @@ MUTANTS: dict[str, Mutant] = _by_id(
         *fused.MUTANTS,
         *select.MUTANTS,
         *attend.MUTANTS,
+        *attend_sums.MUTANTS,
         *gradients.MUTANTS,
         *attention.MUTANTS,
         *decode.MUTANTS,

@@ -1,4 +1,4 @@
-"""Wrong attention over given blocks."""
+"""Wrong attention over given blocks: which tokens, which heads, which rows."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ from .faults import (
 )
 
 _ADMITTED = "admitted = (selected[..., None] >= 0) & (tokens <= positions[:, None, None])"
-_SPARSE_TILE = "return _tile(tokens.flatten(2), admitted.flatten(2))"
-_TOP = "top = logits.amax(dim=-1, keepdim=True)"
-_LSE = "top + total.log()"
-_VALUES = "values = weights @ tile.gather(values, q.dtype)"
-_GATHER = "return gathered.masked_fill_(~self.admitted[..., None], 0).to(dtype)"
+SPARSE_TILE = "return _tile(tokens.flatten(2), admitted.flatten(2))"
+GATHER = "return gathered.masked_fill_(~self.admitted[..., None], 0).to(dtype)"
 _MASK = (
     "logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n"
     "    return logits.masked_fill_(~tile.admitted[:, :, None], -torch.inf)"
 )
 _TOKENS = "tokens = selected[..., None].long() * block_size"
-_STEP = "step = max(1, min(slots, CHUNK_BYTES // max(1, sizes.bytes(block_size))))"
+STEP = "step = max(1, min(slots, CHUNK_BYTES // max(1, sizes.bytes(block_size))))"
 _PARTS = "[_sparse_tile(part, at, block_size) for part in parts]"
 _OWN_BLOCK = "(at // block_size)[None, :, None].expand(len(blocks), -1, -1)"
 _USED = "used = min(slots, last // block_size + 1)"
@@ -36,17 +33,19 @@ _FUNCTIONS = ("attend", "attention")
 _ROWS = "return x[place.keys].reshape(-1, x.shape[2])"
 
 
-def _attend(before: str, after: str) -> Edit:
+def edit_attend(before: str, after: str) -> Edit:
+    """Return an edit of the sums."""
     return Edit("attend", before, after)
 
 
-def _tiles(before: str, after: str) -> Edit:
+def edit_tiles(before: str, after: str) -> Edit:
+    """Return an edit of what is read."""
     return Edit("tiles", before, after)
 
 
 _SOFT_MASK = (
-    _tiles("    admitted: Tensor\n\n", "    admitted: Tensor\n    strict: object = None\n\n"),
-    _attend(
+    edit_tiles("    admitted: Tensor\n\n", "    admitted: Tensor\n    strict: object = None\n\n"),
+    edit_attend(
         _MASK,
         f"{_MASK.splitlines()[0]}\n"
         "    if tile.strict is not None:\n"
@@ -58,8 +57,8 @@ _SOFT_MASK = (
 
 FINITE_CAUSAL_MASK = (
     *_SOFT_MASK,
-    _tiles(
-        _SPARSE_TILE,
+    edit_tiles(
+        SPARSE_TILE,
         "heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
         "    there = tokens.clamp(min=0, max=int(positions[-1])).flatten(2) * len(tokens) + heads\n"
         "    soft = (tokens <= positions[-1]) & (selected[..., None] >= 0)\n"
@@ -70,16 +69,16 @@ FINITE_CAUSAL_MASK = (
 
 _FINITE_SPARSE_MASK = (
     *_SOFT_MASK,
-    _tiles(
-        _SPARSE_TILE,
+    edit_tiles(
+        SPARSE_TILE,
         "every = torch.arange(int(positions[-1]) + 1, device=tokens.device)\n"
         "    hits = (selected[..., None] == every // block_size).any(dim=2)\n"
         "    soft = hits.any(dim=-1, keepdim=True) & (every <= positions[:, None])\n"
         "    heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
         "    return Tile((every * len(tokens)).expand_as(hits) + heads, soft, hits)",
     ),
-    _tiles(
-        _STEP,
+    edit_tiles(
+        STEP,
         "step = max(slots, 1)",
     ),
 )
@@ -132,7 +131,7 @@ MUTANTS = (
         "attend.values",
         "Tokens are masked by the last query of the call, not by each one.",
         "The causal mask left out of a block kernel, because blocks are causal.",
-        (_tiles("(tokens <= positions[:, None, None])", "(tokens <= positions[-1])"),),
+        (edit_tiles("(tokens <= positions[:, None, None])", "(tokens <= positions[-1])"),),
     ),
     Mutant(
         "attend.history-ignored",
@@ -140,7 +139,7 @@ MUTANTS = (
         "Queries are placed at the start of their keys, in the causal mask alone.",
         "Top-left aligned masks.",
         (
-            _tiles(
+            edit_tiles(
                 "blocks, at = selected[:, chunk, :used], positions[chunk]",
                 "blocks, at = selected[:, chunk, :used], positions[chunk] - positions[0]",
             ),
@@ -151,14 +150,18 @@ MUTANTS = (
         "attend.values",
         "Logits are not scaled by 1 / sqrt(D).",
         "The paper's Eq. 5 and 8 read literally.",
-        (_attend("logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n", "logits = rows @ k.mT\n"),),
+        (
+            edit_attend(
+                "logits = (rows @ k.mT).mul_(k.shape[-1] ** -0.5)\n", "logits = rows @ k.mT\n"
+            ),
+        ),
     ),
     Mutant(
         "attend.neighbour-keys",
         "attend.values",
         "Keys and values are read one row early.",
         "An offset of the sequence before.",
-        (_attend(_ROWS, "return x.roll(1, 0)[place.keys].reshape(-1, x.shape[2])"),),
+        (edit_attend(_ROWS, "return x.roll(1, 0)[place.keys].reshape(-1, x.shape[2])"),),
     ),
     Mutant(
         "attend.block-lost-for-one-head",
@@ -166,7 +169,7 @@ MUTANTS = (
         "The last selected block is dropped for the last key/value head.",
         "A loop over slots that ends one early for a ragged tile.",
         (
-            _tiles(
+            edit_tiles(
                 _ADMITTED,
                 f"{_ADMITTED}\n    if selected.shape[2] > 1:\n        admitted[-1, :, -1] = False",
             ),
@@ -194,8 +197,8 @@ MUTANTS = (
         "Slots that hold -1 attend block 0 again.",
         "Indices clamped to 0, so that loads stay in bounds, and not masked.",
         (
-            _tiles(_TOKENS, _TOKENS.replace("selected", "selected.clamp(min=0)")),
-            _tiles("(selected[..., None] >= 0) & ", ""),
+            edit_tiles(_TOKENS, _TOKENS.replace("selected", "selected.clamp(min=0)")),
+            edit_tiles("(selected[..., None] >= 0) & ", ""),
         ),
     ),
     Mutant(
@@ -220,82 +223,6 @@ MUTANTS = (
         wrap=Around(("attend",), _odd_row_unwritten),
     ),
     Mutant(
-        "attend.bf16-accumulation",
-        "attend.values",
-        "Sums of values are rounded to bfloat16 for every tile.",
-        "An accumulator kept in the output's dtype.",
-        (
-            _attend(
-                _VALUES, "values = (weights @ tile.gather(values, q.dtype)).bfloat16().to(q.dtype)"
-            ),
-        ),
-    ),
-    Mutant(
-        "attend.fp16-accumulation",
-        "attend.values",
-        "Sums of values are rounded to float16: they overflow at 65504.",
-        "Half-precision accumulators, fast on consumer GPUs.",
-        (_attend(_VALUES, "values = (weights @ tile.gather(values, q.dtype)).half().to(q.dtype)"),),
-    ),
-    Mutant(
-        "attend.rounded-probabilities",
-        "attend.values",
-        "Probabilities are rounded to bfloat16, although float32 is declared.",
-        "FlashAttention's P tile: fine if it is said.",
-        (_attend(_VALUES, f"{_VALUES.replace('weights', 'weights.bfloat16().to(q.dtype)')}"),),
-    ),
-    Mutant(
-        "attend.naive-exponential",
-        "attend.values",
-        "No maximum is subtracted before the exponential.",
-        "Textbook softmax: overflows at logits of 88.",
-        (_attend(_TOP, "top = torch.zeros_like(logits[..., :1])"),),
-    ),
-    Mutant(
-        "attend.maximum-from-zero",
-        "attend.values",
-        "The running maximum starts at 0, so that very negative logits underflow.",
-        "m = 0 in place of -inf in an online softmax.",
-        (_attend(_TOP, f"{_TOP}.clamp(min=0)"),),
-    ),
-    Mutant(
-        "attend.not-rescaled",
-        "attend.values",
-        "What was summed before is not rescaled when a later block has a larger logit.",
-        "The correction factor of an online softmax left out.",
-        (
-            _tiles(_STEP, "step = 1"),
-            _attend(
-                "shares = [(x - _finite(top)).exp() for x in (a[1], b[1])]",
-                "shares = [(x > -torch.inf).to(x.dtype) for x in (a[1], b[1])]\n"
-                "    shares[1] = (b[1] - _finite(top)).exp()",
-            ),
-        ),
-    ),
-    Mutant(
-        "attend.max-before-mask",
-        "attend.values",
-        "The row's maximum is taken over all loaded tokens, the masked ones included.",
-        "A maximum taken before the mask: harmless until a masked key is large.",
-        (
-            _tiles(
-                _SPARSE_TILE,
-                "heads = torch.arange(len(tokens), device=tokens.device)[:, None, None]\n"
-                "    there = tokens.clamp(min=0, max=int(positions[-1])).flatten(2)\n"
-                "    return Tile(there * len(tokens) + heads, admitted.flatten(2))",
-            ),
-            _tiles(_GATHER, "return gathered.to(dtype)"),
-            _attend(
-                f"    {_TOP}\n",
-                "    every = tile.gather(keys, q.dtype)\n"
-                "    every = q.reshape(*every.shape[:2], -1, q.shape[-1]) @ every.mT\n"
-                "    top = (every * q.shape[-1] ** -0.5).amax(dim=-1, keepdim=True)\n"
-                "    none = logits.amax(dim=-1, keepdim=True) == -torch.inf\n"
-                "    top = top.masked_fill(none, -torch.inf)\n",
-            ),
-        ),
-    ),
-    Mutant(
         "attend.offset-overflow",
         "attend.values",
         "Offsets overflow: rows of keys beyond 2^15 elements are read from the start.",
@@ -303,46 +230,29 @@ MUTANTS = (
         wrap=Around(("attend",), wrapped_offsets("k", "v")),
     ),
     Mutant(
-        "attend.lse-base-2",
-        "attend.lse",
-        "The LSE is in base 2.",
-        "exp2 kernels that forget to convert.",
-        (_attend(_LSE, f"({_LSE}) * 1.4426950408889634"),),
-    ),
-    Mutant(
-        "attend.lse-without-maximum",
-        "attend.lse",
-        "The LSE lacks the maximum that was subtracted.",
-        "The logarithm of a sum of shifted exponentials.",
-        (_attend(_LSE, "total.log()"),),
-    ),
-    Mutant(
-        "attend.lse-off-by-constant",
-        "attend.lse",
-        "The LSE is too large by 1e-4.",
-        "A constant epsilon added to the denominator.",
-        (_attend(_LSE, f"{_LSE} + 1e-4"),),
-    ),
-    Mutant(
         "attend.token-lost-for-one-head",
         "attend.every-token",
         "Token 5 is dropped for the first key/value head.",
         "A lane of a tile masked wrongly.",
-        (_tiles(_ADMITTED, f"{_ADMITTED}\n    admitted[0] &= tokens[0] != 5"),),
+        (edit_tiles(_ADMITTED, f"{_ADMITTED}\n    admitted[0] &= tokens[0] != 5"),),
     ),
     Mutant(
         "attend.own-block-twice",
         "attend.every-token",
         "The query's own block is attended once more.",
         "A diagonal block handled after the loop, and in it as well.",
-        (_tiles(_PARTS, _PARTS.replace("parts]", f"(*parts, {_OWN_BLOCK})]")),),
+        (edit_tiles(_PARTS, _PARTS.replace("parts]", f"(*parts, {_OWN_BLOCK})]")),),
     ),
     Mutant(
         "attend.own-token-lost",
         "attend.every-token",
         "A query does not attend its own token.",
         "`<` for `<=` in the causal mask.",
-        (_tiles("(tokens <= positions[:, None, None])", "(tokens < positions[:, None, None])"),),
+        (
+            edit_tiles(
+                "(tokens <= positions[:, None, None])", "(tokens < positions[:, None, None])"
+            ),
+        ),
     ),
     Mutant(
         "attend.next-token",
@@ -350,7 +260,7 @@ MUTANTS = (
         "A query attends the token behind it.",
         "`<=` on an exclusive end.",
         (
-            _tiles(
+            edit_tiles(
                 "(tokens <= positions[:, None, None])",
                 "(tokens <= (positions[:, None, None] + 1).clamp(max=positions[-1]))",
             ),
@@ -370,7 +280,7 @@ MUTANTS = (
         "The last block is attended only if it is complete.",
         "Floor division for the number of blocks.",
         (
-            _tiles(
+            edit_tiles(
                 _ADMITTED,
                 f"{_ADMITTED}\n"
                 "    end = (int(positions[-1]) + 1) // block_size * block_size\n"
@@ -384,7 +294,7 @@ MUTANTS = (
         "The last token of a partial block is dropped.",
         "A tail handled in pairs of tokens.",
         (
-            _tiles(
+            edit_tiles(
                 _ADMITTED,
                 f"{_ADMITTED}\n"
                 "    if (int(positions[-1]) + 1) % block_size % 2:\n"
@@ -393,19 +303,12 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "attend.empty-row-nan",
-        "attend.few-blocks",
-        "Rows with nothing to attend divide by zero.",
-        "0 / 0 in the last step of an online softmax.",
-        (_attend("out /= total_or_1[..., None]", "out /= total[..., None]"),),
-    ),
-    Mutant(
         "attend.own-block-always",
         "attend.few-blocks",
         "The query's own block is attended even if it is not selected.",
         "A diagonal block handled apart, because selections from stage 4 hold it.",
         (
-            _tiles(
+            edit_tiles(
                 "blocks, at = selected[:, chunk, :used], positions[chunk]",
                 "blocks, at = selected[:, chunk, :used], positions[chunk]\n"
                 f"        own = {_OWN_BLOCK}.to(blocks.dtype)\n"
@@ -421,20 +324,13 @@ MUTANTS = (
         "A row without any block attends block 0.",
         "The first index clamped to 0, so that no softmax is over nothing.",
         (
-            _tiles(
+            edit_tiles(
                 _TOKENS,
                 "first = selected[..., :1]\n"
                 "    selected = torch.cat([first.clamp(min=0), selected[..., 1:]], dim=-1)\n"
                 f"    {_TOKENS}",
             ),
         ),
-    ),
-    Mutant(
-        "attend.empty-row-lse",
-        "attend.few-blocks",
-        "Rows with nothing to attend have LSE 0.",
-        "-inf replaced by 0 to avoid NaN; it spoils a merge of partial results.",
-        (_attend(_LSE, f"torch.where(total == 0, 0, {_LSE})"),),
     ),
     Mutant(
         "attend.finite-sparse-mask",
@@ -449,7 +345,7 @@ MUTANTS = (
         "attend.unselected-not-read",
         "Token 0 is loaded in place of every masked one, and weighted by 0.",
         "Clamped addresses: 0 times NaN is NaN.",
-        (_tiles(_GATHER, "return gathered.to(dtype)"),),
+        (edit_tiles(GATHER, "return gathered.to(dtype)"),),
     ),
     Mutant(
         "attend.interleaved-heads",
@@ -457,12 +353,12 @@ MUTANTS = (
         "Query head h reads key/value head h % HK.",
         "torch.repeat for repeat_interleave.",
         (
-            _attend(
+            edit_attend(
                 "return x.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).contiguous()",
                 "return x.unflatten(1, (-1, num_kv_heads)).transpose(1, 2).transpose(0, 1)"
                 ".contiguous()",
             ),
-            _attend(
+            edit_attend(
                 "return x.transpose(0, 1).flatten(1, 2)",
                 "return x.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
             ),
@@ -474,7 +370,7 @@ MUTANTS = (
         "All key/value heads attend the blocks of the first.",
         "A block table shared by heads.",
         (
-            _tiles(
+            edit_tiles(
                 "blocks, at = selected[:, chunk, :used]",
                 "blocks, at = selected[:1, chunk, :used].expand(len(selected), -1, -1)",
             ),
@@ -492,7 +388,7 @@ MUTANTS = (
         "attend.equals-dense",
         "At most 16 blocks of a row are attended.",
         "A block table of fixed size in shared memory.",
-        (_tiles(_USED, "used = min(slots, last // block_size + 1, 16)"),),
+        (edit_tiles(_USED, "used = min(slots, last // block_size + 1, 16)"),),
     ),
     Mutant(
         "attend.batch-scale",

@@ -283,6 +283,20 @@ MUTANTS = (
         function="compress_keys",
     ),
     Mutant(
+        "contract.error-of-another",
+        "contract.bad-input",
+        "An error about k names v.",
+        "Arguments swapped on their way to the checks, which treat both alike.",
+        (
+            Edit(
+                "implementation",
+                "checks.check_attend(q, k, v, selected,",
+                "checks.check_attend(q, v, k, selected,",
+            ),
+        ),
+        function="attend",
+    ),
+    Mutant(
         "contract.static-buffer",
         "contract.own-memory",
         "All calls return their LSE in the same memory.",
