@@ -40,7 +40,8 @@ class Terminated(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        super().__init__("Ctrl-C" if number == signal.SIGINT else name)
         self.number = number
 
 
@@ -97,6 +98,7 @@ class Supervisor:
         self._last_event = self._begin
         self._ended = False
         self._hung = 0
+        self._asked: list[int] = []
 
     def execute(self) -> Run:
         """Run it all; an interrupted run keeps what it has, and says so in `run.stopped`.
@@ -106,7 +108,7 @@ class Supervisor:
         """
         self.run.session["started"] = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            with _signals():
+            with _signals() as self._asked:
                 self._run_children()
         except Terminated as stop:
             self.run.stopped, self.run.signal = str(stop), stop.number
@@ -146,6 +148,8 @@ class Supervisor:
         """Take in what one process tells until it has ended."""
         running = True
         while running and not self.run.stopped:
+            if self._asked:
+                raise Terminated(self._asked[0])
             running = child.running()
             for event in self._tail.read():
                 self._take(event, child)
@@ -282,19 +286,26 @@ def _result(event: dict[str, Any]) -> Result:
 
 
 @contextmanager
-def _signals() -> Generator[None]:
-    """Let the signals that end a job end the run in order, as Ctrl-C does."""
+def _signals() -> Generator[list[int]]:
+    """Yield a list that takes the signals which end a job, so that they end the run in order.
+
+    The first one only goes onto the list: an exception wherever the program happens to be could
+    leave a lock held, and the run would never end. A second one does raise.
+    """
+    asked: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise Terminated(number)
+        asked.append(number)
+        if len(asked) > 1:
+            raise Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    names = [signal.SIGTERM, signal.SIGHUP]
+    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {name: signal.signal(name, stop) for name in names}
     try:
-        yield
+        yield asked
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from infllmv2_conformance.child import how_it_ended, last_words
+from infllmv2_conformance.child import Order, how_it_ended, last_words
 from infllmv2_conformance.events import EventLog, EventTail, plain
+from infllmv2_conformance.report import Result, Run
+from infllmv2_conformance.supervisor import Supervisor
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -110,6 +112,35 @@ def test_interrupted_run_keeps_what_it_has(tmp_path, write_fake, environment, nu
     assert len(list((tmp_path / "out").iterdir())) == 4, "nothing half-written is left"
     with pytest.raises(ProcessLookupError):
         os.kill(int(calls.read_text().split()[-1]), 0)
+
+
+class Interrupted:
+    """Sends Ctrl-C to this process while it is told something, and goes on with that."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def planned(self, run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # a signal is taken at the next instruction
+        self.ended += 1
+
+    def started(self, result: Result) -> None: ...
+
+    def finished(self, run: Run, result: Result) -> None: ...
+
+    def waiting(self, run: Run) -> None: ...
+
+
+def test_signal_stops_the_run_between_two_steps_and_never_within_one(monkeypatch, environment):
+    """An exception within one, say while a lock is held, could let the run hang."""
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    listener = Interrupted()
+    order = Order("eager", rule=("compress.values", "compress.complete-windows"))
+    run = Supervisor(order, listener).execute()
+    assert listener.ended == 1
+    assert (run.stopped, run.exit_code) == ("Ctrl-C", 130)
+    assert run.remaining
 
 
 def test_crash_while_importing_is_explained(write_fake, infllmv2):
