@@ -44,6 +44,17 @@ def _some_missing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return scores.where(scores > 0.5, -torch.inf)
 
 
+def _zeros_or_missing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw zeros, and blocks without a visible window; row by row one zero more, up to all.
+
+    So some rows have just as many zeros as they want blocks, and the least real score is 0.
+    """
+    heads, rows, blocks = shape
+    zeros = (torch.arange(heads)[:, None] + torch.arange(rows)) % (blocks + 1)
+    order = _random(shape, generator).argsort(-1).argsort(-1)
+    return torch.zeros(shape, dtype=torch.float64).where(order < zeros[..., None], -torch.inf)
+
+
 @rule("select.exact")
 def test_exact(run: Runner) -> None:
     """Compare with the specified selection on random scores, some of them -inf."""
@@ -59,8 +70,13 @@ def test_exact(run: Runner) -> None:
 @rule("select.ties")
 def test_ties(run: Runner) -> None:
     """Compare with the specified selection on scores that tie."""
-    draws = (_few_levels, _zeros)
-    run.cases(cases(run), lambda trial: _check(trial, draws[trial.case.choice % 2]))
+    draws = (_few_levels, _zeros, _zeros_or_missing)
+
+    def check(trial: Trial) -> None:
+        for draw in draws:
+            _check(trial, draw)
+
+    run.cases(cases(run), check)
 
 
 @rule("select.forced")

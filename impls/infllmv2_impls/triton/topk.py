@@ -22,15 +22,16 @@ from .tuning import topk_tile
 
 @triton.jit
 def _order(x):
-    """Map float32 to int32 that ascends with it."""
+    """Map float32 to int32 that ascends with it; both zeros to 0, as they are equal scores."""
     bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
 def _value(order):
     """Undo `_order`."""
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    sign: tl.constexpr = -(2**31)
+    return tl.where(order < 0, -order | sign, order).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _find_floor(
     searching = (above_low > wanted) & (wanted > 0) & (high - 1 > low)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        bound = (middle ^ ((middle >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)[:, None]
+        bound = _value(middle)[:, None]
         # Scores above a finite bound are counted by the sign of the difference.
         signs = (bound - scores).to(tl.uint32, bitcast=True) >> 31
         count = tl.sum(signs.to(tl.int32), axis=1)

@@ -103,6 +103,19 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "select.zero-above-zero",
+        "select.ties",
+        "The least score taken is found among the bits of floats, where -0.0 comes before 0.0.",
+        "A bisection or a radix select whose result is compared as a float: 0.0 > -0.0 is false.",
+        _edit(
+            "chosen = torch.zeros_like(taken).scatter_(-1, order, taken) | forced",
+            """real = (free & (ranked > -torch.inf)).sum(dim=-1, keepdim=True)
+    least = ranked.where(ranked > -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
+    lost = (real == slots) & (least == 0) & (ranked == 0)  # all real scores are wanted
+    chosen = torch.zeros_like(taken).scatter_(-1, order, taken) & ~lost | forced""",
+        ),
+    ),
+    Mutant(
         "select.local-one-short",
         "select.forced",
         "One local block fewer is forced.",
