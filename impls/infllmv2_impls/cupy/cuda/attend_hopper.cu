@@ -103,8 +103,11 @@ struct Members {
     some = __ballot_sync(~0u, bits != 0);
   }
 
-  // Return the first piece from `at` on that some token of the group attends, or a later bound.
-  __device__ int next(int at) {
+  // Return the first piece from `at` on that some token of the group attends, or the count. The
+  // compiler does not know that all lanes agree; a shuffle tells it, and stages become uniform.
+  __device__ int next(int at) { return __shfl_sync(~0u, search(at), 0); }
+
+  __device__ int search(int at) {
     while (at < tile.count) {
       if (at >= begin + 32) read(begin + 32);
       const uint32_t left = some >> (at - begin);
@@ -386,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (group == GROUPS) {
     give_registers<24>();
     if (threadIdx.x < 128 * GROUPS + 32) load_pieces(shared, tile, &keys, &values);
