@@ -19,6 +19,7 @@ constexpr int KEY_TILES = PIECE / 8;
 constexpr int DIM_STEPS = D / 16;
 constexpr int SIZE = PIECE * D;       // elements of the keys of a piece
 constexpr bool Q_SHARED = D > 128;    // else the queries stay in registers
+constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT ? 2 : 3;  // a limit of registers
 constexpr uint32_t ALL = 0xffffffffu;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -26,36 +27,38 @@ static_assert(ROWS % 16 == 0 && TOKENS <= 32 && GROUP <= HEADS, "rows come in ti
 static_assert(D % 16 == 0 && PIECE % 16 == 0, "products take 16 at once");
 static_assert(STAGES >= 2 && ROWS <= 2 * STAGES * PIECE, "the output is staged in the ring");
 
-// Returns where chunk `chunk` of a row lies. Eight neighbouring rows have any chunk of theirs in
-// different banks, as loads and stores of matrices want it.
-static __device__ __forceinline__ int swizzled(int row, int chunk) {
-    const int turn = CHUNKS % 8 == 0 ? row & 7 : CHUNKS % 4 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
-    return (row * CHUNKS + (chunk ^ turn)) * 8;
+// Eight neighbouring rows have any chunk of theirs in different banks, as loads and stores of
+// matrices want it: the chunks of a row are exchanged within periods, by its turn.
+constexpr int PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
+
+static __device__ __forceinline__ int turn_of(int row) {  // the same 8 rows later
+    return PERIOD == 8 ? row & 7 : PERIOD == 4 ? row >> 1 & 3 : row >> 2 & 1;
 }
 
-// What a block of threads works on.
-struct Work {
-    const int* pieces;
-    const uint32_t* members;
-    int count;        // pieces of the tile, of which it takes begin .. stop - 1
-    int stop;
-    bool dense;
-    uint32_t active;  // tokens that exist
+// Returns where a chunk of a row lies.
+static __device__ __forceinline__ int swizzled(int row, int chunk) {
+    return (row * CHUNKS + (chunk ^ turn_of(row))) * 8;
+}
+
+// Says where a lane reads a column of matrices of 8 x 8, of which two make a step of 16 elements.
+struct Reader {
+    int line, turned;
+
+    // `row` is that of the lane in the first of the matrices, `side` 0 or 1 of the two.
+    __device__ __forceinline__ Reader(int row, int side)
+        : line(row * D), turned((side ^ turn_of(row)) * 8) {}
+
+    // Is swizzled(row + rows, 2 * step + side), from constants and few registers.
+    __device__ __forceinline__ int at(int rows, int step) const {
+        const int chunk = 2 * step;
+        return line + (turned ^ chunk % PERIOD * 8) + rows * D + chunk / PERIOD * PERIOD * 8;
+    }
 };
 
 struct Entry {
     int start;      // the first key of the piece
     uint32_t bits;  // the tokens that attend it
 };
-
-static __device__ __forceinline__ Entry look_up(const Work& work, int i) {
-    Entry entry = {0, 0};
-    if (i < work.stop) {
-        entry.start = (work.dense ? work.count - 1 - i : __ldg(work.pieces + i)) * PIECE;
-        entry.bits = work.dense ? work.active : __ldg(work.members + i) & work.active;
-    }
-    return entry;
-}
 
 // Starts to copy the rows of a piece into shared memory; those from `limit` on become 0.
 static __device__ __forceinline__ void load_piece(
@@ -64,7 +67,7 @@ static __device__ __forceinline__ void load_piece(
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const half_t* from = x + (key_row + start + first) * row_stride + chunk * 8;
     if (THREADS % CHUNKS == 0 || first < ROWS_AT_ONCE) {
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < (PIECE + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; ++i) {
             const int row = first + i * ROWS_AT_ONCE;
             if (PIECE % ROWS_AT_ONCE == 0 || row < PIECE) {
@@ -94,7 +97,7 @@ static __device__ __forceinline__ void multiply_pair(
 
 // `part_out` float32 [parts, total_q, HQ, D] and `part_lse` [parts, total_q, HQ], in base 2, are
 // written instead of `out` and `lse` where tiles are cut into parts. `out` is contiguous.
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     const half_t* __restrict__ q, const half_t* __restrict__ k, const half_t* __restrict__ v,
     half_t* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_out,
     float* __restrict__ part_lse, const int* __restrict__ tiles, const int* __restrict__ counts,
@@ -114,41 +117,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     if (begin_token >= end_token) return;
     const int limit = base + end_token;  // keys from here on are after all queries of the tile
     const long long item = static_cast<long long>(kv_head) * num_tiles + tile;
-    Work work;
-    work.count = counts[item];
-    work.dense = record[5] != 0;
-    work.pieces = pieces + item * capacity;
-    work.members = members + item * capacity;
-    work.active = (ALL >> (32 - end_token)) & (ALL << begin_token);
-    int begin = 0;
-    work.stop = work.count;
+    const int count = counts[item];
+    const bool dense = record[5] != 0;
+    int begin = 0, stop = count;  // the pieces that this block of threads takes
     if (SPLIT) {
-        const int each = (work.count + gridDim.z - 1) / gridDim.z;
-        begin = min(static_cast<int>(blockIdx.z) * each, work.count);
-        work.stop = min(begin + each, work.count);
+        const int each = (count + gridDim.z - 1) / gridDim.z;
+        begin = min(static_cast<int>(blockIdx.z) * each, count);
+        stop = min(begin + each, count);
     }
+    pieces += item * capacity;
+    members += item * capacity;
+    const auto look_up = [&](int i) {
+        Entry entry = {(count - 1 - i) * PIECE, ALL};
+        if (!dense && i < stop) entry = {__ldg(pieces + i) * PIECE, __ldg(members + i)};
+        return entry;
+    };
     k += kv_head * k_head_stride;
     v += kv_head * v_head_stride;
 
     // A thread holds elements of two rows of the warp's 16, `lane / 4` and 8 more.
     int position[2];  // -1 where there is no token
-    uint32_t token_bit[2];
     const half_t* queries[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int at = warp * 16 + lane / 4 + 8 * i;
-        const int token = at / HEADS, head = at % HEADS;
+        const int token = HEADS % 16 == 0 ? warp * 16 / HEADS : at / HEADS, head = at % HEADS;
         const bool exists = token >= begin_token && token < end_token;
         position[i] = exists ? base + token : -1;
-        token_bit[i] = 1u << token;
-        const bool asks = exists && head < GROUP;
-        queries[i] = asks ? q + (row + token) * q_row_stride +
-                                (kv_head * GROUP + head) * q_head_stride
-                          : nullptr;
+        queries[i] = exists && head < GROUP ? q + (row + token) * q_row_stride +
+                                                  (kv_head * GROUP + head) * q_head_stride
+                                            : nullptr;
     }
     const int low_token = warp * 16 / HEADS, high_token = (warp * 16 + 15) / HEADS;
-    const uint32_t warp_bits = (ALL >> (31 - high_token)) & (ALL << low_token);
-    const int latest = min(base + high_token, limit - 1);  // position of the warp's last token
+    const uint32_t warp_bits = (ALL >> (31 - min(high_token, end_token - 1))) &
+                               (ALL << max(low_token, begin_token));  // of tokens that exist
 
     half_t* shared_q = ring + STAGES * 2 * SIZE + warp * 16 * D;
     uint32_t q_parts[Q_SHARED ? 1 : DIM_STEPS][4];
@@ -175,10 +177,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     top[0] = top[1] = -INFINITY;
     Entry next[STAGES];  // entry i is that of the piece i steps ahead
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i) next[i] = look_up(work, begin + i);
+    for (int i = 0; i < STAGES; ++i) next[i] = look_up(begin + i);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < work.stop) {
+        if (begin + i < stop) {
             half_t* keys = ring + i * 2 * SIZE;
             load_piece(keys, k, key_row, next[i].start, limit, k_row_stride);
             load_piece(keys + SIZE, v, key_row, next[i].start, limit, v_row_stride);
@@ -186,11 +188,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         copy_commit();
     }
 
+    // The keys lie as the right operand of a product wants them, of two tiles of 8 keys at once;
+    // rows of values and queries are read in the order of a left operand, values transposed.
+    const Reader key_reader((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+    const Reader row_reader(lane & 15, lane >> 4);
     int stage = 0;
-    for (int piece = begin; piece < work.stop; ++piece) {
+    for (int piece = begin; piece < stop; ++piece) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // the piece is there, and all warps have left the stage before it
-        if (piece + STAGES - 1 < work.stop) {
+        if (piece + STAGES - 1 < stop) {
             half_t* keys = ring + (stage + STAGES - 1) % STAGES * 2 * SIZE;
             load_piece(keys, k, key_row, next[STAGES - 1].start, limit, k_row_stride);
             load_piece(keys + SIZE, v, key_row, next[STAGES - 1].start, limit, v_row_stride);
@@ -199,18 +205,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         const Entry entry = next[0];
 #pragma unroll
         for (int i = 0; i < STAGES - 1; ++i) next[i] = next[i + 1];
-        next[STAGES - 1] = look_up(work, piece + STAGES);
+        next[STAGES - 1] = look_up(piece + STAGES);
         const half_t* keys = ring + stage * 2 * SIZE;
         const half_t* values = keys + SIZE;
         stage = (stage + 1) % STAGES;
-        if ((entry.bits & warp_bits) == 0 || entry.start > latest) continue;
+        if ((entry.bits & warp_bits) == 0) continue;
 
         float logits[KEY_TILES][4] = {};
 #pragma unroll
         for (int step = 0; step < DIM_STEPS; ++step) {
             uint32_t a[4];
             if (Q_SHARED) {
-                ldmatrix_x4(a, shared_q + swizzled(lane & 15, step * 2 + (lane >> 4)));
+                ldmatrix_x4(a, shared_q + row_reader.at(0, step));
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) a[i] = q_parts[Q_SHARED ? 0 : step][i];
@@ -218,8 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
 #pragma unroll
             for (int j = 0; j < KEY_TILES; j += 2) {
                 uint32_t b[4];
-                const int key = j * 8 + (lane & 7) + (lane >> 4) * 8;
-                ldmatrix_x4(b, keys + swizzled(key, step * 2 + (lane >> 3 & 1)));
+                ldmatrix_x4(b, keys + key_reader.at(j * 8, step));
                 multiply_pair(logits[j], logits[j + 1], a, b);
             }
         }
@@ -227,7 +232,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         // A row that does not attend the piece has all its keys masked. Only few pieces need it.
         int seen[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) seen[i] = entry.bits & token_bit[i] ? position[i] : -1;
+        for (int i = 0; i < 2; ++i) {
+            const bool member = entry.bits >> (warp * 16 + lane / 4 + 8 * i) / HEADS & 1;
+            seen[i] = HEADS >= 16 || member ? position[i] : -1;
+        }
         if (entry.start + PIECE - 1 > min(seen[0], seen[1])) {
 #pragma unroll
             for (int j = 0; j < KEY_TILES; ++j) {
@@ -277,8 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
 #pragma unroll
             for (int step = 0; step < DIM_STEPS; ++step) {
                 uint32_t b[4];
-                const int key = j * 8 + (lane & 15);
-                ldmatrix_x4_trans(b, values + swizzled(key, step * 2 + (lane >> 4)));
+                ldmatrix_x4_trans(b, values + row_reader.at(j * 8, step));
                 multiply_pair(acc[2 * step], acc[2 * step + 1], a, b);
             }
         }
@@ -291,8 +298,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         total[i] = quad_sum(total[i]);
         inverse[i] = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
         const float sum = total[i] > 0.0f ? top[i] * scale + log2_fast(total[i]) : -INFINITY;
-        if (queries[i] == nullptr) continue;
         const int at = warp * 16 + lane / 4 + 8 * i;
+        if (position[i] < 0 || at % HEADS >= GROUP) continue;
         const long long line = static_cast<long long>(row + at / HEADS) * heads +
                                kv_head * GROUP + at % HEADS;
         if (!SPLIT) {
