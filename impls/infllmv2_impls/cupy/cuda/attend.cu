@@ -19,7 +19,7 @@ constexpr int KEY_TILES = PIECE / 8;
 constexpr int DIM_STEPS = D / 16;
 constexpr int SIZE = PIECE * D;       // elements of the keys of a piece
 constexpr bool Q_SHARED = D > 128;    // else the queries stay in registers
-constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT ? 2 : 3;  // a limit of registers
+constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 ? 2 : 3;  // a limit of registers
 constexpr uint32_t ALL = 0xffffffffu;
 constexpr float LN2 = 0.6931471805599453f;
 

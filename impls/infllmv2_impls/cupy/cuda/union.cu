@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unite(
     const int stop = min(num_keys, base + TOKENS);
     const bool dense = num_keys < dense_len;
     const int last = min((stop - 1) / PIECE, num_pieces - 1);  // the latest piece
-    const bool empty = stop <= base;
+    const bool empty = stop <= max(base, first);  // no token
     const long long item = static_cast<long long>(head) * num_tiles + tile;
     if (head == 0 && thread < FIELDS) {
         const int record[FIELDS] = {row, base, first, num_keys, start_k, dense};
