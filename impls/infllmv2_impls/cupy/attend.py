@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from infllmv2_impls import checks
 from infllmv2_reference.geometry import num_blocks
 
-from .launch import Kernel, launch
+from .launch import Kernel, check_runs_on, launch
 from .union import Union, unite
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -37,6 +38,24 @@ MOST_PARTS = 128
 WITHOUT_GPU = 4
 """Multiprocessors that an emulator is said to have: few, as it runs threads one by one."""
 LOG2_E = 1.4426950408889634
+
+CAPABILITIES: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": ("bfloat16", "float16"),
+    "head_dims": (64, 128, 256, 96, 32),
+    "group_sizes": (2, 16, 1, 7, 8, 32, 4),
+    "block_sizes": BLOCK_SIZES,
+    "gradients": False,
+    "deterministic": True,
+    "batch_invariant": False,
+    "validates": ("shapes", "dtypes", "devices"),
+    "arithmetic": {
+        "accumulate": "float32",
+        "products": "ieee",
+        "probabilities": "input",
+        "scores": "float32",
+    },
+}
 
 
 def attend(
@@ -226,6 +245,16 @@ def _hopper_suits(q: Tensor, block_size: int) -> bool:  # pyright: ignore[report
     return False
 
 
+class AttendAlone:
+    """Offer `attend` and nothing else, to be checked by itself."""
+
+    capabilities = CAPABILITIES
+
+    def attend(self, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """Attend the selected blocks: `[total_q, HQ, D]` and LSE `[total_q, HQ]`."""
+        return attend(**arguments)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """Return `[rows, heads, D]`, copied unless each line begins at a multiple of 16 bytes."""
     strides = [x.stride(i) for i in range(2) if x.shape[i] > 1]
@@ -250,7 +279,8 @@ def _count_multiprocessors(device: torch.device) -> int:
 
 
 def _check_support(q: Tensor, k: Tensor, block_size: int) -> None:
-    """Raise unless there is a kernel for these sizes."""
+    """Raise unless there is a kernel for these sizes, on this device."""
+    check_runs_on("q", q)
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, but it is {block_size}")
     if q.shape[2] not in HEAD_DIMS:

@@ -20,8 +20,6 @@ constexpr int DIM_STEPS = D / 16;
 constexpr int SIZE = PIECE * D;       // elements of the keys of a piece
 constexpr bool Q_SHARED = D > 128;    // else the queries stay in registers
 constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 ? 2 : 3;  // a limit of registers
-constexpr uint32_t ALL = 0xffffffffu;
-constexpr float LN2 = 0.6931471805599453f;
 
 static_assert(ROWS % 16 == 0 && TOKENS <= 32 && GROUP <= HEADS, "rows come in tiles of 16");
 static_assert(D % 16 == 0 && PIECE % 16 == 0, "products take 16 at once");
@@ -62,7 +60,7 @@ struct Entry {
 
 // Starts to copy the rows of a piece into shared memory; those from `limit` on become 0.
 static __device__ __forceinline__ void load_piece(
-    half_t* shared, const half_t* x, int key_row, int start, int limit, long long row_stride) {
+    half_t* shared, const half_t* x, int key_row, int start, int limit, int64_t row_stride) {
     constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const half_t* from = x + (key_row + start + first) * row_stride + chunk * 8;
@@ -79,13 +77,13 @@ static __device__ __forceinline__ void load_piece(
 }
 
 static __device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
 static __device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL, x, 1);
-    return x + __shfl_xor_sync(ALL, x, 2);
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
 static __device__ __forceinline__ void multiply_pair(
@@ -101,22 +99,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     const half_t* __restrict__ q, const half_t* __restrict__ k, const half_t* __restrict__ v,
     half_t* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_out,
     float* __restrict__ part_lse, const int* __restrict__ tiles, const int* __restrict__ counts,
-    const int* __restrict__ pieces, const uint32_t* __restrict__ members, long long q_row_stride,
-    long long q_head_stride, long long k_row_stride, long long k_head_stride,
-    long long v_row_stride, long long v_head_stride, int num_tiles, int capacity, int total_q,
+    const int* __restrict__ pieces, const uint32_t* __restrict__ members, int64_t q_row_stride,
+    int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride,
+    int64_t v_row_stride, int64_t v_head_stride, int num_tiles, int capacity, int total_q,
     float scale) {
     DYNAMIC_SHARED(half_t, ring);  // [STAGES, 2, PIECE, D], then the queries if they are shared
     const int tile = num_tiles - 1 - blockIdx.x;  // late tiles attend most: they come first
     const int kv_head = blockIdx.y, heads = gridDim.y * GROUP;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    const int* record = tiles + static_cast<long long>(tile) * FIELDS;
+    const int* record = tiles + static_cast<int64_t>(tile) * FIELDS;
     const int row = record[0], base = record[1], first = record[2], num_keys = record[3];
     const int key_row = record[4];
     const int begin_token = max(first - base, 0), end_token = min(num_keys - base, TOKENS);
     if (begin_token >= end_token) return;
     const int limit = base + end_token;  // keys from here on are after all queries of the tile
-    const long long item = static_cast<long long>(kv_head) * num_tiles + tile;
+    const int64_t item = static_cast<int64_t>(kv_head) * num_tiles + tile;
     const int count = counts[item];
     const bool dense = record[5] != 0;
     int begin = 0, stop = count;  // the pieces that this block of threads takes
@@ -128,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     pieces += item * capacity;
     members += item * capacity;
     const auto look_up = [&](int i) {
-        Entry entry = {(count - 1 - i) * PIECE, ALL};
+        Entry entry = {(count - 1 - i) * PIECE, ALL_LANES};
         if (!dense && i < stop) entry = {__ldg(pieces + i) * PIECE, __ldg(members + i)};
         return entry;
     };
@@ -149,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
                                             : nullptr;
     }
     const int low_token = warp * 16 / HEADS, high_token = (warp * 16 + 15) / HEADS;
-    const uint32_t warp_bits = (ALL >> (31 - min(high_token, end_token - 1))) &
-                               (ALL << max(low_token, begin_token));  // of tokens that exist
+    const uint32_t warp_bits = (ALL_LANES >> (31 - min(high_token, end_token - 1))) &
+                               (ALL_LANES << max(low_token, begin_token));  // of tokens that exist
 
     half_t* shared_q = ring + STAGES * 2 * SIZE + warp * 16 * D;
     uint32_t q_parts[Q_SHARED ? 1 : DIM_STEPS][4];
@@ -173,8 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     __syncwarp();
 
     float acc[D / 8][4] = {};
-    float top[2], total[2] = {0.0f, 0.0f};  // the largest logit before `scale`, the sum of weights
-    top[0] = top[1] = -INFINITY;
+    float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // the largest logit before `scale`
+    float total[2] = {};  // the sum of weights
     Entry next[STAGES];  // entry i is that of the piece i steps ahead
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) next[i] = look_up(begin + i);
@@ -242,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int key = entry.start + j * 8 + lane % 4 * 2 + i % 2;
-                    logits[j][i] = key <= seen[i / 2] ? logits[j][i] : -INFINITY;
+                    logits[j][i] = key <= seen[i / 2] ? logits[j][i] : NEGATIVE_INFINITY;
                 }
             }
         }
@@ -256,11 +254,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
                 most = fmaxf(most, fmaxf(logits[j][2 * i], logits[j][2 * i + 1]));
             }
             most = fmaxf(top[i], quad_max(most));
-            shift[i] = most == -INFINITY ? 0.0f : most * scale;
+            shift[i] = most == NEGATIVE_INFINITY ? 0.0f : most * scale;
             share[i] = exp2_fast(top[i] * scale - shift[i]);
             top[i] = most;
         }
-        if (__any_sync(ALL, share[0] != 1.0f || share[1] != 1.0f)) {
+        if (__any_sync(ALL_LANES, share[0] != 1.0f || share[1] != 1.0f)) {
 #pragma unroll
             for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
@@ -297,16 +295,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     for (int i = 0; i < 2; ++i) {
         total[i] = quad_sum(total[i]);
         inverse[i] = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
-        const float sum = total[i] > 0.0f ? top[i] * scale + log2_fast(total[i]) : -INFINITY;
+        const float sum =
+            total[i] > 0.0f ? top[i] * scale + log2_fast(total[i]) : NEGATIVE_INFINITY;
         const int at = warp * 16 + lane / 4 + 8 * i;
         if (position[i] < 0 || at % HEADS >= GROUP) continue;
-        const long long line = static_cast<long long>(row + at / HEADS) * heads +
+        const int64_t line = static_cast<int64_t>(row + at / HEADS) * heads +
                                kv_head * GROUP + at % HEADS;
         if (!SPLIT) {
-            if (lane % 4 == 0) lse[line] = sum * LN2;
+            if (lane % 4 == 0) lse[line] = sum * LN_2;
             continue;
         }
-        const long long part = static_cast<long long>(blockIdx.z) * total_q * heads + line;
+        const int64_t part = static_cast<int64_t>(blockIdx.z) * total_q * heads + line;
         if (lane % 4 == 0) part_lse[part] = sum;
         if (total[i] > 0.0f) {  // else nobody reads it
 #pragma unroll
@@ -338,8 +337,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
         const int at = warp * 16 + i / CHUNKS, chunk = i % CHUNKS;
         const int token = at / HEADS, head = at % HEADS;
         if (token >= begin_token && token < end_token && head < GROUP) {
-            const long long line =
-                static_cast<long long>(row + token) * heads + kv_head * GROUP + head;
+            const int64_t line =
+                static_cast<int64_t>(row + token) * heads + kv_head * GROUP + head;
             *reinterpret_cast<uint4*>(out + line * D + chunk * 8) =
                 *reinterpret_cast<const uint4*>(staged + swizzled(i / CHUNKS, chunk));
         }
@@ -349,18 +348,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
 // Joins the parts of the rows, a warp for each row. The order is fixed, hence the result, too.
 extern "C" __global__ void __launch_bounds__(128) join(
     const float* __restrict__ part_out, const float* __restrict__ part_lse,
-    half_t* __restrict__ out, float* __restrict__ lse, int parts, long long rows) {
-    const long long row = static_cast<long long>(blockIdx.x) * 4 + threadIdx.x / 32;
+    half_t* __restrict__ out, float* __restrict__ lse, int parts, int64_t rows) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (row >= rows) return;
-    float top = -INFINITY;
+    float top = NEGATIVE_INFINITY;
     for (int part = lane; part < parts; part += 32) top = fmaxf(top, part_lse[part * rows + row]);
     top = warp_max(top);
     float total = 0.0f;
     float acc[(D + 31) / 32] = {};
     for (int part = 0; part < parts; ++part) {
         const float sum = part_lse[part * rows + row];
-        if (sum == -INFINITY) continue;  // its output has not been written
+        if (sum == NEGATIVE_INFINITY) continue;  // its output has not been written
         const float weight = exp2_fast(sum - top);
         total += weight;
         const float* line = part_out + (part * rows + row) * D;
@@ -376,5 +375,5 @@ extern "C" __global__ void __launch_bounds__(128) join(
         const int dim = lane + 32 * i;
         if (D % 32 == 0 || dim < D) out[row * D + dim] = from_float(acc[i] * inverse);
     }
-    if (lane == 0) lse[row] = total > 0.0f ? (top + log2_fast(total)) * LN2 : -INFINITY;
+    if (lane == 0) lse[row] = total > 0.0f ? (top + log2_fast(total)) * LN_2 : NEGATIVE_INFINITY;
 }

@@ -9,7 +9,6 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int FIELDS = 6;
 constexpr int PARTS = BLOCK / PIECE;
-constexpr uint32_t ALL = 0xffffffffu;
 
 static_assert(TOKENS <= 32, "a token is a bit of a word");
 
@@ -34,8 +33,8 @@ static __device__ __forceinline__ int find_sequence(int tile, const int* ends, i
 extern "C" __global__ void __launch_bounds__(THREADS) unite(
     const int* __restrict__ selected, const int* __restrict__ ends_q,
     const int* __restrict__ ends_k, int* __restrict__ tiles, int* __restrict__ counts,
-    int* __restrict__ pieces, uint32_t* __restrict__ members, long long head_stride,
-    long long row_stride, long long slot_stride, int batch, int num_tiles, int num_pieces,
+    int* __restrict__ pieces, uint32_t* __restrict__ members, int64_t head_stride,
+    int64_t row_stride, int64_t slot_stride, int batch, int num_tiles, int num_pieces,
     int window, int capacity, int budget, int dense_len) {
     DYNAMIC_SHARED(uint32_t, marks);  // [window]: entry i is that of piece `top - i`
     __shared__ int found[WARPS];
@@ -53,13 +52,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) unite(
     const bool dense = num_keys < dense_len;
     const int last = min((stop - 1) / PIECE, num_pieces - 1);  // the latest piece
     const bool empty = stop <= max(base, first);  // no token
-    const long long item = static_cast<long long>(head) * num_tiles + tile;
+    const int64_t item = static_cast<int64_t>(head) * num_tiles + tile;
     if (head == 0 && thread < FIELDS) {
         const int record[FIELDS] = {row, base, first, num_keys, start_k, dense};
         int field = record[0];
 #pragma unroll
         for (int i = 1; i < FIELDS; ++i) field = thread == i ? record[i] : field;
-        tiles[static_cast<long long>(tile) * FIELDS + thread] = field;
+        tiles[static_cast<int64_t>(tile) * FIELDS + thread] = field;
     }
     if (empty || dense) {
         if (thread == 0) counts[item] = empty ? 0 : last + 1;
@@ -101,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unite(
         const int begin = warp * run, end = min(begin + run, size);
         int mine = 0;
         for (int i = begin; i < end; i += 32) {
-            mine += __popc(__ballot_sync(ALL, i + lane < end && marks[i + lane] != 0));
+            mine += __popc(__ballot_sync(ALL_LANES, i + lane < end && marks[i + lane] != 0));
         }
         if (lane == 0) found[warp] = mine;
         __syncthreads();
@@ -112,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unite(
         }
         for (int i = begin; i < end; i += 32) {
             const uint32_t mark = i + lane < end ? marks[i + lane] : 0;
-            const uint32_t used = __ballot_sync(ALL, mark != 0);
+            const uint32_t used = __ballot_sync(ALL_LANES, mark != 0);
             if (mark != 0) {
                 const int at = place + __popc(used & ((1u << lane) - 1));
                 pieces[at] = top - i - lane;
@@ -124,6 +123,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) unite(
     }
     if (thread == 0) {
         counts[item] = count;
-        members[count] = ALL;  // so that a kernel may look one entry ahead
+        members[count] = ALL_LANES;  // so that a kernel may look one entry ahead
     }
 }
