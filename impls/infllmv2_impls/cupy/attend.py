@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from infllmv2_impls import checks
 from infllmv2_reference.geometry import num_blocks
 
+from . import attend_hopper
 from .launch import Kernel, check_runs_on, launch
 from .union import Union, unite
 
@@ -25,6 +26,8 @@ HEAD_DIMS = (32, 64, 96, 128, 256)
 MOST_HEADS = 32
 BLOCK_SIZES = (16, 32, 48, 64, 128)
 
+Kernels = Literal["auto", "portable", "hopper"]
+"""Which kernels attend; both are right, and the faster one depends on device and shapes."""
 ROWS = 64
 """Rows of a tile: 16 for each of four warps."""
 MOST_TOKENS = 32
@@ -70,6 +73,7 @@ def attend(
     max_seqlen_k: int,
     block_size: int,
     dense_len: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend the tokens up to each query's position in the blocks that it selected.
 
@@ -85,6 +89,7 @@ def attend(
         block_size: B: 16, 32, 48, 64 or 128.
         dense_len: sequences with fewer keys attend everything up to each query, and their rows of
             `selected` are not read (decision D8); None for no such sequence.
+        kernels: "portable", "hopper" (wherever that one suits), or "auto": whichever is faster.
 
     Returns:
         `out` in the dtype of `q`, and `lse` `[total_q, HQ]`, float32, the natural logarithm.
@@ -99,18 +104,14 @@ def attend(
     )  # fmt: skip
     _check_support(q, k, block_size)
     q, k, v = (_aligned(x) for x in (q, k, v))
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    lengths = *ends, max_seqlen_k, block_size, max(dense_len or 0, 0)
+    if _takes_hopper(q, k, block_size, kernels):
+        tokens = attend_hopper.tokens_of_tile(q.shape[1] // k.shape[1])
+        union = unite(selected, *lengths, tokens=tokens, piece=attend_hopper.PIECE)
+        return attend_hopper.attend_tiles(q, k, v, union)
     tile = Tile.of(q, k, max_seqlen_q, block_size)
-    union = unite(
-        selected,
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        max_seqlen_k,
-        block_size,
-        max(dense_len or 0, 0),
-        tokens=tile.tokens,
-        piece=tile.piece,
-    )
-    # A kernel for Hopper GPUs is chosen here, by `_hopper_suits`, with tiles and pieces of its own.
+    union = unite(selected, *lengths, tokens=tile.tokens, piece=tile.piece)
     return _attend_tiles(q, k, v, union, tile, _parts(union, tile, max_seqlen_k, dense_len, q))
 
 
@@ -172,6 +173,14 @@ class Tile:
             "SPLIT": int(split),
         }
         return Kernel("attend.cu", name, tuple(defines.items()))
+
+
+def _takes_hopper(q: Tensor, k: Tensor, block_size: int, kernels: Kernels) -> bool:
+    """Say whether the kernel for Hopper GPUs takes this; its tiles are not cut into parts."""
+    if kernels == "portable" or not attend_hopper.suits(q, k, block_size):
+        return False
+    tiles = len(q) // attend_hopper.tokens_of_tile(q.shape[1] // k.shape[1]) * k.shape[1]
+    return kernels == "hopper" or tiles >= _multiprocessors(q.device)
 
 
 def _attend_tiles(
@@ -237,12 +246,6 @@ def _parts(union: Union, tile: Tile, max_seqlen_k: int, dense_len: int | None, q
     dense = num_blocks(min(max_seqlen_k, max(dense_len or 0, 0)), tile.piece)
     most = max(union.capacity - 1, dense)  # pieces of a tile
     return max(1, min(wanted, -(-most // LEAST_PIECES), MOST_PARTS))
-
-
-def _hopper_suits(q: Tensor, block_size: int) -> bool:  # pyright: ignore[reportUnusedFunction]
-    """Say whether there is a kernel for Hopper GPUs for these sizes."""
-    del q, block_size
-    return False
 
 
 class AttendAlone:

@@ -13,7 +13,7 @@ from .compiling import Kernel, architecture, cubin_file, import_cupy
 __all__ = ["Kernel", "backend", "check_runs_here", "check_runs_on", "launch"]
 
 Grid = tuple[int, int, int]
-Argument = Tensor | None | bool | int | float | np.int64
+Argument = Tensor | bool | int | float | np.generic | None
 _ALWAYS_SHARED = 48 << 10
 """Bytes of dynamic shared memory that a kernel may have without asking."""
 
@@ -120,7 +120,7 @@ def launch(
         shared_bytes: dynamic shared memory of a block.
         on: a tensor on the device to launch on.
         arguments: a tensor becomes its pointer, None a null pointer, an int int32, `numpy.int64`
-            int64, a float float32.
+            int64, a float float32; a structure, as `numpy.void`, is passed by value.
 
     Raises:
         OverflowError: an int does not fit into int32.

@@ -3,60 +3,59 @@
 
 #include "primitives.cuh"
 
-// ---- barriers in shared memory ---------------------------------------------------------------
+// ---- barriers in shared memory ----
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+static __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(arrivals));
 }
 
-__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+static __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ inline void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+static __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
 }
 
 // Wait for the end of the phase with this parity; the one before the first counts as parity 1.
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
+static __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
 }
 
 // Let the copy engine and the tensor cores see what this thread stored in shared memory.
-__device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Wait for the 128 threads of a group of warps.
-__device__ inline void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-
-// ---- the copy engine ---------------------------------------------------------------------------
-
-struct alignas(64) TensorMap {
-  uint64_t words[16];
-};
-
-__device__ inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
-      : "memory");
+static __device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- products of a group of four warps ---------------------------------------------------------
+// ---- the copy engine ----
+
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+static __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, int y, int z,
+                                                uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// ---- products of a group of four warps ----
 //
 // Matrices in shared memory have rows of 128 bytes, 64 channels, in the copy engine's swizzle; the
 // next 64 channels are `64 rows * 128 bytes` further. Base addresses are multiples of 1024.
@@ -64,34 +63,39 @@ __device__ inline void copy_box(void* to, const TensorMap* map, int x, int y, in
 constexpr uint32_t PANEL = 64 * 128;  // bytes of 64 rows and 64 channels
 
 // Describe rows along M or N, channels along K. The distance of 8 rows is 1024 bytes.
-__device__ inline uint64_t rows_descriptor(uint32_t address) {
-  return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
+static __device__ __forceinline__ uint64_t rows_descriptor(uint32_t address) {
+    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) |
+           ((address & 0x3FFFF) >> 4);
 }
 
 // Describe rows along K, channels along N. 8 rows are 1024 bytes, 64 channels a panel apart.
-__device__ inline uint64_t columns_descriptor(uint32_t address) {
-  return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(PANEL >> 4) << 16) |
-         ((address & 0x3FFFF) >> 4);
+static __device__ __forceinline__ uint64_t columns_descriptor(uint32_t address) {
+    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(PANEL >> 4) << 16) |
+           ((address & 0x3FFFF) >> 4);
 }
 
 // Move a descriptor by 16-byte units: only its low word holds an address.
-__device__ inline uint64_t further(uint64_t descriptor, uint32_t units) {
-  return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + units);
+static __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t units) {
+    return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + units);
 }
 
-__device__ inline void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void products_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 template <int LEFT>
-__device__ inline void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+static __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // Keep the compiler from moving reads of an accumulator before the wait for its product.
 template <int N>
-__device__ inline void products_done(float (&d)[N]) {
+static __device__ __forceinline__ void products_done(float (&d)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #if BF16
@@ -101,55 +105,56 @@ __device__ inline void products_done(float (&d)[N]) {
 #endif
 
 #define REGS8(d, i)                                                                             \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),   \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
 
 // d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T, both in shared memory.
-__device__ inline void product_rows(float (&d)[32], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred add;\n"
-      "setp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-      " %32, %33, add, 1, 1, 0, 0;\n"
-      "}\n"
-      : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
-      : "l"(a), "l"(b), "r"(int(add)));
+static __device__ __forceinline__ void product_rows(float (&d)[32], uint64_t a, uint64_t b,
+                                                    bool add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred add;\n"
+        "setp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+        " %32, %33, add, 1, 1, 0, 0;\n"
+        "}\n"
+        : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
+        : "l"(a), "l"(b), "r"(int(add)));
 }
 
 // d[64 x 64] += a[64 x 16] b[16 x 64], a in registers.
-__device__ inline void product_columns(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-      " {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
-      : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+static __device__ __forceinline__ void product_columns(float (&d)[32], const uint32_t* a,
+                                                       uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+                 " {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+                 : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // d[64 x 128] += a[64 x 16] b[16 x 128], a in registers.
-__device__ inline void product_columns(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
-      " {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
-      : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24), REGS8(d, 32), REGS8(d, 40),
-        REGS8(d, 48), REGS8(d, 56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+static __device__ __forceinline__ void product_columns(float (&d)[64], const uint32_t* a,
+                                                       uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+                 " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+                 " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
+                 " {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+                 : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24), REGS8(d, 32), REGS8(d, 40),
+                   REGS8(d, 48), REGS8(d, 56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 template <int REGISTERS>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+static __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 template <int REGISTERS>
-__device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+static __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
