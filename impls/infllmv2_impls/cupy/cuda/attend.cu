@@ -21,7 +21,7 @@ constexpr int SIZE = PIECE * D;       // elements of the keys of a piece
 constexpr bool Q_SHARED = D > 128;    // else the queries stay in registers
 // A limit of registers, where a multiprocessor has shared memory for so many blocks of threads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 ? 2 : 3;
+constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 || HEADS < 4 ? 2 : 3;
 #else
 constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : 2;
 #endif
