@@ -18,6 +18,88 @@ WINDOWS = 64
 
 
 @dataclass(frozen=True)
+class ScoreTile:
+    """Size the work of one block of threads of the scores.
+
+    Args:
+        heads: heads of one warp, a power of two.
+        token_groups: groups of 8 tokens; each has the warps that all heads need.
+        row_tiles: how many times 16 windows a warp has logits of in registers.
+        stages: tiles of windows in shared memory.
+        threads: of the block.
+        resident: how many blocks must fit a multiprocessor, which limits registers.
+        shared_bytes: shared memory of the block.
+    """
+
+    heads: int
+    token_groups: int
+    row_tiles: int
+    stages: int
+    threads: int
+    resident: int
+    shared_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of one block of threads."""
+        return 8 * self.token_groups
+
+
+def score_tile(head_dim: int, group: int, max_seqlen_q: int) -> ScoreTile:
+    """Choose the tile of the scores: 8 warps, whose queries fill half of their registers."""
+    padded = padded_group(group)
+    heads = min(padded, 4 if head_dim <= 128 else 2)
+    splits = padded // heads
+    token_groups = 1 if max_seqlen_q <= 8 else max(8 // splits, 1)
+    warps = splits * token_groups
+    sums = 4 * warps * 8 * (WINDOWS + 4)
+    shared = 2 * _tile_bytes(head_dim) + 2 * sums
+    return ScoreTile(heads, token_groups, 2, 2, 32 * warps, max(16 // warps, 1), shared)
+
+
+@dataclass(frozen=True)
+class LseTile:
+    """Size the work of one block of threads of the normaliser.
+
+    Args:
+        tokens: query tokens, each with all heads of a group.
+        row_tiles: how many times 16 rows, of a token and a head each, a warp has.
+        warps: of the block.
+        stages: tiles of windows in shared memory.
+        resident: how many blocks must fit a multiprocessor, which limits registers.
+        shared_bytes: shared memory of the block.
+    """
+
+    tokens: int
+    row_tiles: int
+    warps: int
+    stages: int
+    resident: int
+    shared_bytes: int
+
+
+def lse_tile(head_dim: int, group: int, max_seqlen_q: int) -> LseTile:
+    """Choose the tile of the normaliser: 4 warps, whose queries fill half of their registers."""
+    padded = padded_group(group)
+    few = max(16 // padded, 1)
+    if max_seqlen_q <= few:
+        stages = 3  # one warp has nothing else to hide latencies with
+        return LseTile(few, few * padded // 16, 1, stages, 1, stages * _tile_bytes(head_dim))
+    row_tiles = 2 if head_dim <= 128 else 1
+    tokens = 64 * row_tiles // padded
+    return LseTile(tokens, row_tiles, 4, 2, 3, 2 * _tile_bytes(head_dim))
+
+
+def padded_group(group: int) -> int:
+    """Return the heads that a tile has for a group: a power of two."""
+    return 1 << (group - 1).bit_length()
+
+
+def _tile_bytes(head_dim: int) -> int:
+    return 2 * WINDOWS * (head_dim + 8)  # rows are padded by 8 halves
+
+
+@dataclass(frozen=True)
 class TopkTile:
     """Size the work of one block of threads of the selection.
 
