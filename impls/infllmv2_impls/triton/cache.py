@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllmv2_impls.packing import num_slots
 from infllmv2_reference.config import SparseConfig
 from infllmv2_reference.geometry import num_windows as num_windows_of
 from infllmv2_reference.layout import cu_seqlens_of
 
 from .compress import average
 from .device import launching_on, unit_stride
-from .sequences import find_tile, length, num_slots, num_windows
+from .sequences import find_tile, length, num_windows
 from .tuning import append_tile, compress_tile, padded_dim
 
 
