@@ -8,8 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import cuda_emulator  # noqa: E402
-from infllmv2_impls.cupy import CupyImplementation  # noqa: E402
+import cuda_emulator
+
+from infllmv2_impls.cupy import CupyImplementation
 
 cuda_emulator.install()
 

@@ -17,9 +17,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+
 from infllmv2_impls.cupy import launch
 from infllmv2_impls.cupy.compiling import CUDA, Kernel
-from torch import Tensor
 
 HERE = Path(__file__).parent
 FLAGS = (
