@@ -1,0 +1,1 @@
+"""The contract in CUDA C++, compiled by NVRTC and launched through CuPy."""
