@@ -26,7 +26,7 @@ def score_windows(
     q: Tensor, c1: Windows, c2: Windows, lengths: Lengths, config: SparseConfig
 ) -> Tensor:
     """Return the scores of windows, float32 `[HK, total_q, C]`."""
-    q, c1, c2 = _aligned(q, c1, c2)
+    q, c1 = _aligned(q, c1)
     tile = _tile(q, c1, lengths)
     scores = _packed(q, c1.means.shape[1], lengths.most_windows(config), tile, lengths)
     lse = _normaliser(q, c1, c2, lengths, config)
@@ -38,7 +38,7 @@ def score_blocks(
     q: Tensor, c1: Windows, c2: Windows, lengths: Lengths, config: SparseConfig
 ) -> Tensor:
     """Return the scores of the blocks that compete, float32 `[HK, total_q, N]`."""
-    q, c1, c2 = _aligned(q, c1, c2)
+    q, c1 = _aligned(q, c1)
     tile = _tile(q, c1, lengths)
     pooled = _packed(q, c1.means.shape[1], lengths.most_blocks(config), tile, lengths)
     if can_pool(config):
@@ -79,7 +79,7 @@ def select(
     config: SparseConfig,
 ) -> Tensor:
     """Score, pool and select: int32 `[HK, total_q, K]`; -1 in sequences below `dense_len`."""
-    q, c1, c2 = _aligned(q, c1, c2)
+    q, c1 = _aligned(q, c1)
     num_heads, total_q = c1.means.shape[1], q.shape[0]
     selected = _unwritten(num_heads, total_q, config, q.device)
     tile = _tile(q, c1, lengths)
@@ -122,9 +122,8 @@ def aligned(x: Tensor, channels: int) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _aligned(q: Tensor, c1: Windows, c2: Windows) -> tuple[Tensor, Windows, Windows]:
-    c1, c2 = (replace(c, means=aligned(c.means, 8)) for c in (c1, c2))
-    return aligned(q, 2), c1, c2
+def _aligned(q: Tensor, c1: Windows) -> tuple[Tensor, Windows]:
+    return aligned(q, 2), replace(c1, means=aligned(c1.means, 8))
 
 
 def _by_slot(
@@ -145,7 +144,7 @@ def _normaliser(
     covered: int = 0,
     dense_len: int = -1,
 ) -> Tensor:
-    windows = c1 if config.lse == "exact" else c2
+    windows = c1 if config.lse == "exact" else replace(c2, means=aligned(c2.means, 8))
     return window_lse(q, windows, lengths, config.block_size, covered, dense_len)
 
 

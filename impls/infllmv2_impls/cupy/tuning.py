@@ -50,11 +50,13 @@ def score_tile(head_dim: int, group: int, max_seqlen_q: int) -> ScoreTile:
     padded = padded_group(group)
     heads = min(padded, 4 if head_dim <= 128 else 2)
     splits = padded // heads
-    token_groups = 1 if max_seqlen_q <= 8 else max(8 // splits, 1)
+    is_few = max_seqlen_q <= 8
+    token_groups = 1 if is_few else max(8 // splits, 1)
     warps = splits * token_groups
+    resident = 1 if is_few else max(16 // warps, 1)
     sums = 4 * warps * 8 * (WINDOWS + 4)
     shared = 2 * _tile_bytes(head_dim) + 2 * sums
-    return ScoreTile(heads, token_groups, 2, 2, 32 * warps, max(16 // warps, 1), shared)
+    return ScoreTile(heads, token_groups, 2, 2, 32 * warps, resident, shared)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def lse_tile(head_dim: int, group: int, max_seqlen_q: int) -> LseTile:
     padded = padded_group(group)
     few = max(16 // padded, 1)
     if max_seqlen_q <= few:
-        stages = 3  # one warp has nothing else to hide latencies with
-        return LseTile(few, few * padded // 16, 1, stages, 1, stages * _tile_bytes(head_dim))
+        stages = 3  # few warps have nothing else to hide latencies with
+        return LseTile(few, 1, few * padded // 16, stages, 1, stages * _tile_bytes(head_dim))
     row_tiles = 2 if head_dim <= 128 else 1
     tokens = 64 * row_tiles // padded
     return LseTile(tokens, row_tiles, 4, 2, 3, 2 * _tile_bytes(head_dim))

@@ -120,13 +120,13 @@ lse_kernel(const half_t* __restrict__ q, const half_t* __restrict__ windows,
                     for (int j = 0; j < CHUNK / 4; ++j) {
                         const int window = c + begin + j / 2 * 8 + lane % 4 * 2 + j % 2;
                         float& logit = logits[i / 2][j / 2][i % 2 * 2 + j % 2];
-                        logit = window < visible ? logit : -INFINITE;
+                        logit = window < visible ? logit : NEGATIVE_INFINITY;
                     }
                 }
             }
 #pragma unroll
             for (int i = 0; i < 2 * ROW_TILES; ++i) {
-                float high = -INFINITE;
+                float high = NEGATIVE_INFINITY;
 #pragma unroll
                 for (int j = 0; j < CHUNK / 4; ++j) {
                     high = fmaxf(high, logits[i / 2][j / 2][i % 2 * 2 + j % 2]);
@@ -151,8 +151,8 @@ lse_kernel(const half_t* __restrict__ q, const half_t* __restrict__ windows,
         float total = running[i].total;
         // The four threads of a row.
         for (int other = 1; other < 4; other *= 2) {
-            const float top_there = __shfl_xor_sync(0xffffffffu, top, other);
-            const float total_there = __shfl_xor_sync(0xffffffffu, total, other);
+            const float top_there = __shfl_xor_sync(ALL_LANES, top, other);
+            const float total_there = __shfl_xor_sync(ALL_LANES, total, other);
             const float high = fmaxf(top, top_there);
             total = total * exp2_fast(top - high) + total_there * exp2_fast(top_there - high);
             top = high;
@@ -161,7 +161,7 @@ lse_kernel(const half_t* __restrict__ q, const half_t* __restrict__ windows,
         const int member = (row + 8 * i) % GROUP_PAD;
         if (lane % 4 == 0 && token < here && member < GROUP) {
             lse[(line + token) * heads + kv_head * GROUP + member] =
-                total > 0.0f ? top + log2_fast(total) : -INFINITE;
+                total > 0.0f ? top + log2_fast(total) : NEGATIVE_INFINITY;
         }
     }
 }

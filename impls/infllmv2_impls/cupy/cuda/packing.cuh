@@ -48,6 +48,3 @@ __device__ inline Range share(int total, int part, int parts, int step) {
     const int begin = part * each < total ? part * each : total;
     return {begin, begin + each < total ? begin + each : total};
 }
-
-// -infinity, and "no logit is as high": exp2(x - INFINITE) is 0.
-#define INFINITE __int_as_float(0x7f800000)

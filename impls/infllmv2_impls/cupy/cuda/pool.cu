@@ -40,7 +40,7 @@ pool_kernel(const float* __restrict__ scores, float* __restrict__ pooled,
         int stop = ((block + 1) * BLOCK + STRIDE - 1) / STRIDE;
 #endif
         if (stop > visible) stop = visible;
-        float best = -INFINITE;
+        float best = NEGATIVE_INFINITY;
         for (int window = begin; window < stop; ++window) best = fmaxf(best, in[window]);
         out[block] = best;
     }

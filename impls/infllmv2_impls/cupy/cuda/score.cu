@@ -28,6 +28,7 @@ constexpr int EXTRA = 0;
 #endif
 constexpr int BLOCKS = TILE_WINDOWS / PER;  // of a tile
 constexpr int ITEMS = (TOKENS * BLOCKS + THREADS - 1) / THREADS;  // pooled by a thread
+constexpr int AT_ONCE = EXTRA > 0 ? ITEMS : 1;  // what is left to the next tile is in registers
 // Sums over HEADS heads, [SPLITS][TOKENS][SUM_ROW]: four pairs of rows lie in different banks.
 constexpr int SUM_ROW = TILE_WINDOWS + 4;
 constexpr int SUMS = SPLITS * TOKENS * SUM_ROW;
@@ -41,7 +42,7 @@ struct alignas(16) Four {
 __device__ inline float merge(float a, float b) {
     const float high = fmaxf(a, b);
     const float low = fminf(a, b);
-    return low == -INFINITE ? high : high + log2_fast(1.0f + exp2_fast(low - high));
+    return low == NEGATIVE_INFINITY ? high : high + log2_fast(1.0f + exp2_fast(low - high));
 }
 
 // The LSEs of this thread's columns, put together from parts; +inf without one: score 0. The 8
@@ -51,7 +52,7 @@ __device__ inline void load_norms(float (&norms)[HEADS][2], const float* __restr
     const int lane = threadIdx.x % 32;
     const int token = lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < HEADS; ++i) norms[i][0] = norms[i][1] = -INFINITE;
+    for (int i = 0; i < HEADS; ++i) norms[i][0] = norms[i][1] = NEGATIVE_INFINITY;
     for (int part = lane / 4; part < parts; part += 8) {
         const float* from = lse + part * part_stride;
 #pragma unroll
@@ -67,10 +68,10 @@ __device__ inline void load_norms(float (&norms)[HEADS][2], const float* __restr
     for (int i = 0; i < 2 * HEADS; ++i) {
         float& norm = norms[i / 2][i % 2];
         for (int other = 4; other < 32 && parts > 1; other *= 2) {
-            norm = merge(norm, __shfl_xor_sync(0xffffffffu, norm, other));
+            norm = merge(norm, __shfl_xor_sync(ALL_LANES, norm, other));
         }
-        norm = parts > 1 ? norm : __shfl_sync(0xffffffffu, norm, lane % 4);
-        norm = norm == -INFINITE ? INFINITE : norm;
+        norm = parts > 1 ? norm : __shfl_sync(ALL_LANES, norm, lane % 4);
+        norm = norm == NEGATIVE_INFINITY ? POSITIVE_INFINITY : norm;
     }
 }
 
@@ -80,26 +81,26 @@ struct Pool {
 
     __device__ void pool(const float* sums, float* __restrict__ out, int c, int end, int here,
                          int past, int columns, bool is_wanted) {
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int i = 0; i < ITEMS; ++i) {
             const int item = i * THREADS + threadIdx.x;
             const int token = item / BLOCKS;
             const int block = item % BLOCKS;
             const bool exists = TOKENS * BLOCKS % THREADS == 0 || token < TOKENS;
             const int visible = ALL_VISIBLE ? 0 : num_windows(past + token + 1, SIZE, STRIDE);
-            float best = -INFINITE;
-            float late = -INFINITE;  // of the windows that reach into the next block
-            constexpr int AT_ONCE = PER < 4 ? PER : 4;
+            float best = NEGATIVE_INFINITY;
+            float late = NEGATIVE_INFINITY;  // of the windows that reach into the next block
+            constexpr int STEP = PER < 4 ? PER : 4;
             const float* from = sums + (exists ? token * SUM_ROW + block * PER : 0);
 #pragma unroll
-            for (int p = 0; p < PER; p += AT_ONCE) {
-                float scores[AT_ONCE];
+            for (int p = 0; p < PER; p += STEP) {
+                float scores[STEP];
                 sum_splits(scores, from + p);
 #pragma unroll
-                for (int k = 0; k < AT_ONCE; ++k) {
+                for (int k = 0; k < STEP; ++k) {
                     float score = scores[k];
                     if (POOLED) score = score >= 0.0f ? score : 0.0f;  // NaN would take no place
-                    if (!ALL_VISIBLE && c + block * PER + p + k >= visible) score = -INFINITE;
+                    if (!ALL_VISIBLE && c + block * PER + p + k >= visible) score = NEGATIVE_INFINITY;
                     best = POOLED ? fmaxf(best, score) : score;
                     if (p + k >= PER - EXTRA) late = fmaxf(late, score);
                 }
@@ -108,7 +109,7 @@ struct Pool {
                 const int lane = threadIdx.x % 32;
                 const int previous = block == 0 ? lane + BLOCKS - 1 : lane - 1;
                 const float source = block == BLOCKS - 1 ? before[i] : late;
-                best = fmaxf(best, __shfl_sync(0xffffffffu, source, previous));
+                best = fmaxf(best, __shfl_sync(ALL_LANES, source, previous));
                 before[i] = late;
             }
             if (exists && is_wanted && token < here && c + block * PER < end) {
@@ -203,7 +204,7 @@ score_kernel(const half_t* __restrict__ q, const half_t* __restrict__ windows,
     float* out = scores + (static_cast<long long>(kv_head) * lines + line) * columns;
     Pool pool;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) pool.before[i] = -INFINITE;
+    for (int i = 0; i < ITEMS; ++i) pool.before[i] = NEGATIVE_INFINITY;
 
     int stage = 0;
     int turn = 0;

@@ -24,19 +24,18 @@ __device__ inline int order_of(float x) {
 
 __device__ inline int sum_lanes(int x) {
 #if defined(__CUDA_ARCH__)
-    return __reduce_add_sync(0xffffffffu, x);
+    return __reduce_add_sync(ALL_LANES, x);
 #else
-    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-    return x;
+    return warp_sum(x);
 #endif
 }
 
 __device__ inline int min_lanes(int x) {
 #if defined(__CUDA_ARCH__)
-    return __reduce_min_sync(0xffffffffu, x);
+    return __reduce_min_sync(ALL_LANES, x);
 #else
     for (int lane = 16; lane > 0; lane /= 2) {
-        const int other = __shfl_xor_sync(0xffffffffu, x, lane);
+        const int other = __shfl_xor_sync(ALL_LANES, x, lane);
         x = x < other ? x : other;
     }
     return x;
@@ -186,14 +185,14 @@ __device__ void choose(const float* scores, int* out, int init, int last, int wa
     const unsigned below = (1u << lane) - 1;
     auto store = [&](int x, int block) {
         const bool above = x > floor;
-        const unsigned chosen = __ballot_sync(0xffffffffu, above);
+        const unsigned chosen = __ballot_sync(ALL_LANES, above);
         if (ties == 0) {
             if (above) out[place + __popc(chosen & below)] = block;
             place += __popc(chosen);
             return;
         }
         const bool level = x == floor;
-        const unsigned levels = __ballot_sync(0xffffffffu, level);
+        const unsigned levels = __ballot_sync(ALL_LANES, level);
         const int left = ties - seen > 0 ? ties - seen : 0;
         const int nth = __popc(levels & below);
         const int fits = nth < left ? nth : left;
