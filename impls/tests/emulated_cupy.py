@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -18,7 +18,10 @@ cuda_emulator.install()
 class EmulatedCupy(CupyImplementation):
     """Claim the CPU."""
 
-    capabilities: dict[str, Any] = {**CupyImplementation.capabilities, "devices": ("cpu",)}
+    capabilities: ClassVar[dict[str, Any]] = {
+        **CupyImplementation.capabilities,
+        "devices": ("cpu",),
+    }
 
 
 impl = EmulatedCupy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from . import compress, select, whole
 from .cache import CupyCache
 from .launch import check_runs_here, check_runs_on
 from .packing import Lengths, Windows
+from .rows import unit_stride
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 32, 96, 256)
@@ -111,7 +113,7 @@ class CupyImplementation:
         """Pool float32 scores `[HK, total_q, C]` into blocks: `[HK, total_q, N]`."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         _check_scores("scores", scores, *lengths, config)
-        return select.pool_blocks(scores.contiguous(), Lengths(*lengths), config)
+        return select.pool_blocks(unit_stride(scores), Lengths(*lengths), config)
 
     @torch.no_grad()
     def select_blocks(
@@ -127,7 +129,7 @@ class CupyImplementation:
         """Select by float32 block scores `[HK, total_q, N]`: int32 `[HK, total_q, K]`."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         _check_scores("block_scores", block_scores, *lengths, config)
-        return select.select_blocks(block_scores.contiguous(), Lengths(*lengths), config)
+        return select.select_blocks(unit_stride(block_scores), Lengths(*lengths), config)
 
     @torch.no_grad()
     def score_blocks(
@@ -285,7 +287,9 @@ class CupyImplementation:
         return cache.packed_windows()
 
 
-def _score(stage: Callable[..., Tensor], q: Tensor, k_c1: Tensor, k_c2: Tensor, *rest: Any) -> Tensor:
+def _score(
+    stage: Callable[..., Tensor], q: Tensor, k_c1: Tensor, k_c2: Tensor, *rest: Any
+) -> Tensor:
     """Check the arguments of a function that begins with scores, and call its stage."""
     *lengths, config = rest
     checks.check_scoring(q, k_c1, k_c2, *lengths, config, dtypes=DTYPES, values=False)
@@ -294,9 +298,14 @@ def _score(stage: Callable[..., Tensor], q: Tensor, k_c1: Tensor, k_c2: Tensor, 
     ends_q, ends_k, ends_c1, ends_c2, max_seqlen_q, max_seqlen_k = lengths
     c1 = Windows(k_c1, ends_c1, config.kernel_size, config.kernel_stride)
     c2 = Windows(k_c2, ends_c2, config.lse_kernel_size, config.lse_kernel_stride)
-    # A whole forward leaves out dense sequences; a stage alone works on all.
-    always = replace(config, dense_len=-1)
-    return stage(q, c1, c2, Lengths(ends_q, ends_k, max_seqlen_q, max_seqlen_k), always)
+    bounds = Lengths(ends_q, ends_k, max_seqlen_q, max_seqlen_k)
+    return stage(q, c1, c2, bounds, _always_sparse(config))
+
+
+@functools.lru_cache
+def _always_sparse(config: SparseConfig) -> SparseConfig:
+    """Return a config for a stage alone, which works on dense sequences as well."""
+    return replace(config, dense_len=-1)
 
 
 def _check_scores(name: str, scores: Tensor, *rest: Any) -> None:

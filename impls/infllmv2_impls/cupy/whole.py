@@ -29,14 +29,14 @@ def attention(
     """Return `out`, `lse` and the selection."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if config.is_sparse(max_seqlen_k):
-        keys = (k if selection_k is None else selection_k)
+        keys = k if selection_k is None else selection_k
         sizes = (config.kernel_size, config.kernel_stride)
         k_c1, ends_c1 = compress_keys(keys, cu_seqlens_k, *sizes)
         k_c2, ends_c2 = k_c1, ends_c1  # not read with the exact normaliser
         if config.lse == "approximate":
             sizes = (config.lse_kernel_size, config.lse_kernel_stride)
             k_c2, ends_c2 = compress_keys(keys, cu_seqlens_k, *sizes)
-        queries = (q if selection_q is None else selection_q)
+        queries = q if selection_q is None else selection_q
         windows = (k_c1, k_c2, ends_c1, ends_c2)
         selected = _select(queries, *windows, *lengths, config)
     else:
@@ -55,7 +55,7 @@ def decode(
     config = cache.config
     lengths = (*cache.packing(cu_seqlens_q), max_seqlen_q, cache.capacity)
     if config.is_sparse(cache.capacity):
-        queries = (q if selection_q is None else selection_q)
+        queries = q if selection_q is None else selection_q
         starts = (cache.window_starts(cache.k_c1), cache.window_starts(cache.k_c2))
         selected = _select(queries, cache.k_c1, cache.k_c2, *starts, *lengths, config)
     else:
