@@ -13,7 +13,7 @@ from .compiling import Kernel, architecture, cubin_file, import_cupy
 __all__ = ["Kernel", "backend", "check_runs_here", "check_runs_on", "launch"]
 
 Grid = tuple[int, int, int]
-Argument = Tensor | None | bool | int | float | np.int64
+Argument = Tensor | bool | int | float | np.int64 | None
 _ALWAYS_SHARED = 48 << 10
 """Bytes of dynamic shared memory that a kernel may have without asking."""
 
@@ -151,7 +151,7 @@ def _value(argument: Argument) -> np.generic:
         return np.uintp(0)
     if isinstance(argument, Tensor):
         return np.uintp(argument.data_ptr())
-    if isinstance(argument, np.int64):
+    if isinstance(argument, np.generic):
         return argument
     if isinstance(argument, float):
         return np.float32(argument)
