@@ -28,6 +28,7 @@ BUILT_IN = {
     "flex_attention": "infllmv2_impls.adapters.flex_attention:IMPLEMENTATION",
     "infllm_v2": "infllmv2_impls.adapters.infllm_v2:IMPLEMENTATION",
     "triton": "infllmv2_impls.triton:TritonImplementation",
+    "cupy": "infllmv2_impls.cupy:CupyImplementation",
 }
 ENTRY_POINTS = "infllmv2.impls"
 MUTANT = "mutant:"

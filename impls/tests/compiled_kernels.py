@@ -119,8 +119,8 @@ def _specialise(
 
 def selection_at(length: int, dtype: torch.dtype, head_dim: int, group: int) -> None:
     """Launch what compresses and selects in a prefill of so many tokens, with two kv heads."""
+    from infllmv2_impls.packing import Lengths, Windows
     from infllmv2_impls.triton import compress, select
-    from infllmv2_impls.triton.packing import Lengths, Windows
     from infllmv2_reference.config import SparseConfig
 
     def new(*shape: int, of: torch.dtype = dtype) -> Tensor:

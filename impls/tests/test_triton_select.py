@@ -23,9 +23,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from infllmv2_impls.packing import Lengths
 from infllmv2_impls.triton import TritonImplementation, ops, select, sequences, tuning
 from infllmv2_impls.triton.device import INTERPRETED
-from infllmv2_impls.triton.packing import Lengths
 from infllmv2_impls.triton.score import can_pool
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter

@@ -151,7 +151,7 @@ def _value(argument: Argument) -> np.generic:
         return np.uintp(0)
     if isinstance(argument, Tensor):
         return np.uintp(argument.data_ptr())
-    if isinstance(argument, np.int64):
+    if isinstance(argument, np.generic):
         return argument
     if isinstance(argument, float):
         return np.float32(argument)

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllmv2_impls.packing import num_slots
+
 from .device import launching_on, unit_stride
-from .sequences import find_tile, num_slots, num_windows
+from .sequences import find_tile, num_windows
 from .tuning import compress_tile, padded_dim
 
 

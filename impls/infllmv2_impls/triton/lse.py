@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Windows, num_slots
 from infllmv2_reference.geometry import num_windows as num_windows_of
 
 from .device import launching_on
-from .packing import Lengths, Windows
 from .product import product_in_steps
-from .sequences import find_tile, length, num_slots, num_windows, share
+from .sequences import find_tile, length, num_windows, share
 from .tuning import lse_tile, num_parts, padded_dim
 
 LANES = 8

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from infllmv2_impls.packing import Lengths, Windows
 from infllmv2_reference.config import SparseConfig
 
 from . import compress, select
 from .device import unit_stride
-from .packing import Lengths, Windows
 
 _LSE = ("exact", "approximate")
 _POOLING = ("overlap", "paper_eq7")

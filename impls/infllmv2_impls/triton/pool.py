@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from infllmv2_impls.packing import Lengths, Lines
 from infllmv2_reference.config import SparseConfig
 
 from .device import launching_on
-from .packing import Lengths, Lines
 from .sequences import find_tile, length, num_windows
 from .tuning import pool_tile
 

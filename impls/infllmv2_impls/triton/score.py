@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines, Windows
 from infllmv2_reference.config import SparseConfig
 
 from .device import launching_on
 from .lse import LOG2_E
-from .packing import Lengths, Lines, Windows
 from .product import product_in_steps
 from .sequences import find_tile, length, num_windows, share
 from .tuning import Tile, num_parts, padded_dim

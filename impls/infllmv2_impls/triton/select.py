@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines, Windows, num_slots
 from infllmv2_reference.config import SparseConfig
 
 from .lse import window_lse
-from .packing import Lengths, Lines, Windows
 from .pool import pool_scores
 from .score import can_pool, write_scores
-from .sequences import num_slots
 from .topk import write_selection
 from .tuning import Tile, score_tile, stage_tile
 

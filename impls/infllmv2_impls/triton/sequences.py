@@ -1,26 +1,14 @@
 """Where a program works: which sequence of a packed batch its tile of rows belongs to.
 
-A grid must be known without a look at lengths, which lie on the device. `num_slots` counts tiles
-for the worst case, and `find_tile` maps a slot to a sequence and a tile of its rows, or to nothing.
+A grid must be known without a look at lengths, which lie on the device. `packing.num_slots` counts
+tiles for the worst case, and `find_tile` maps a slot to a sequence and a tile of its rows, or to
+nothing.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-def num_slots(total: int, batch: int, tile: int) -> int:
-    """Return enough slots for all tiles of `tile` rows, whatever the lengths of the sequences.
-
-    Sequence i, whose rows start at `a = ends[i]`, gets the slots from `a // tile + i` on. They
-    suffice: the next sequence starts at a row `b`, hence `b // tile + 1 - a // tile` slots later,
-    which is at least `ceil((b - a) / tile)`.
-
-    >>> num_slots(total=100, batch=2, tile=16)
-    8
-    """
-    return total // tile + batch if total else 0
 
 
 @triton.jit

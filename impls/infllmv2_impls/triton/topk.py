@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines
 from infllmv2_reference.config import SparseConfig
 
 from .device import launching_on
-from .packing import Lengths, Lines
 from .sequences import find_tile, length
 from .tuning import topk_tile
 

@@ -1,4 +1,8 @@
-"""The lengths of a packed batch, and the windows that belong to it, as kernels take them."""
+"""The lengths of a packed batch, and the windows that belong to it, as kernels take them.
+
+A grid must be known without a look at lengths, which lie on the device: `num_slots` counts tiles of
+rows for the worst case, and kernels map a slot to a sequence and a tile of its rows, or to nothing.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ class Lines:
 
     Args:
         data: float32 `[HK, lines, columns]`.
-        tile: the tokens of one slot (`sequences.num_slots`).
+        tile: the tokens of one slot (`num_slots`).
         slots: how many slots are worked on.
         first_slot: the first of them.
         by_slot: whether line `i * tile + j` is that of token j of slot `first_slot + i`; else lines
@@ -75,3 +79,16 @@ class Lines:
     slots: int
     first_slot: int = 0
     by_slot: bool = False
+
+
+def num_slots(total: int, batch: int, tile: int) -> int:
+    """Return enough slots for all tiles of `tile` rows, whatever the lengths of the sequences.
+
+    Sequence i, whose rows start at `a = ends[i]`, gets the slots from `a // tile + i` on. They
+    suffice: the next sequence starts at a row `b`, hence `b // tile + 1 - a // tile` slots later,
+    which is at least `ceil((b - a) / tile)`.
+
+    >>> num_slots(total=100, batch=2, tile=16)
+    8
+    """
+    return total // tile + batch if total else 0
