@@ -19,7 +19,12 @@ constexpr int KEY_TILES = PIECE / 8;
 constexpr int DIM_STEPS = D / 16;
 constexpr int SIZE = PIECE * D;       // elements of the keys of a piece
 constexpr bool Q_SHARED = D > 128;    // else the queries stay in registers
-constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 ? 2 : 3;  // a limit of registers
+// A limit of registers, where a multiprocessor has shared memory for so many blocks of threads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : SPLIT || HEADS > 16 || HEADS < 4 ? 2 : 3;
+#else
+constexpr int BLOCKS_AT_ONCE = D > 128 ? 1 : 2;
+#endif
 
 static_assert(ROWS % 16 == 0 && TOKENS <= 32 && GROUP <= HEADS, "rows come in tiles of 16");
 static_assert(D % 16 == 0 && PIECE % 16 == 0, "products take 16 at once");
@@ -58,20 +63,23 @@ struct Entry {
     uint32_t bits;  // the tokens that attend it
 };
 
-// Starts to copy the rows of a piece into shared memory; those from `limit` on become 0.
+// Starts to copy the keys and values of a piece into shared memory; rows from `limit` on become 0.
 static __device__ __forceinline__ void load_piece(
-    half_t* shared, const half_t* x, int key_row, int start, int limit, int64_t row_stride) {
+    half_t* shared, const half_t* k, const half_t* v, int key_row, int start, int limit,
+    int64_t k_row_stride, int64_t v_row_stride) {
     constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
-    const half_t* from = x + (key_row + start + first) * row_stride + chunk * 8;
+    const int64_t row_of_first = key_row + start + first;
+    const half_t* key = k + row_of_first * k_row_stride + chunk * 8;
+    const half_t* value = v + row_of_first * v_row_stride + chunk * 8;
     if (THREADS % CHUNKS == 0 || first < ROWS_AT_ONCE) {
-#pragma unroll 4
-        for (int i = 0; i < (PIECE + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; ++i) {
-            const int row = first + i * ROWS_AT_ONCE;
-            if (PIECE % ROWS_AT_ONCE == 0 || row < PIECE) {
-                copy16_async(shared + swizzled(row, chunk), from, start + row < limit);
-            }
-            from += ROWS_AT_ONCE * row_stride;
+#pragma unroll 2  // more take registers
+        for (int row = first; row < PIECE; row += ROWS_AT_ONCE) {
+            half_t* to = shared + swizzled(row, chunk);
+            copy16_async(to, key, start + row < limit);
+            copy16_async(to + SIZE, value, start + row < limit);
+            key += ROWS_AT_ONCE * k_row_stride;
+            value += ROWS_AT_ONCE * v_row_stride;
         }
     }
 }
@@ -116,18 +124,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     const int limit = base + end_token;  // keys from here on are after all queries of the tile
     const int64_t item = static_cast<int64_t>(kv_head) * num_tiles + tile;
     const int count = counts[item];
-    const bool dense = record[5] != 0;
     int begin = 0, stop = count;  // the pieces that this block of threads takes
     if (SPLIT) {
         const int each = (count + gridDim.z - 1) / gridDim.z;
         begin = min(static_cast<int>(blockIdx.z) * each, count);
         stop = min(begin + each, count);
     }
-    pieces += item * capacity;
-    members += item * capacity;
+    const int64_t list = record[5] ? -1 : item * capacity;  // -1: all pieces
     const auto look_up = [&](int i) {
         Entry entry = {(count - 1 - i) * PIECE, ALL_LANES};
-        if (!dense && i < stop) entry = {__ldg(pieces + i) * PIECE, __ldg(members + i)};
+        if (list >= 0 && i < stop) {
+            entry = {__ldg(pieces + list + i) * PIECE, __ldg(members + list + i)};
+        }
         return entry;
     };
     k += kv_head * k_head_stride;
@@ -179,9 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (begin + i < stop) {
-            half_t* keys = ring + i * 2 * SIZE;
-            load_piece(keys, k, key_row, next[i].start, limit, k_row_stride);
-            load_piece(keys + SIZE, v, key_row, next[i].start, limit, v_row_stride);
+            load_piece(ring + i * 2 * SIZE, k, v, key_row, next[i].start, limit, k_row_stride,
+                       v_row_stride);
         }
         copy_commit();
     }
@@ -190,14 +197,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
     // rows of values and queries are read in the order of a left operand, values transposed.
     const Reader key_reader((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
     const Reader row_reader(lane & 15, lane >> 4);
-    int stage = 0;
     for (int piece = begin; piece < stop; ++piece) {
+        const uint32_t stage = static_cast<uint32_t>(piece - begin) % STAGES;
         copy_wait<STAGES - 2>();
         __syncthreads();  // the piece is there, and all warps have left the stage before it
         if (piece + STAGES - 1 < stop) {
-            half_t* keys = ring + (stage + STAGES - 1) % STAGES * 2 * SIZE;
-            load_piece(keys, k, key_row, next[STAGES - 1].start, limit, k_row_stride);
-            load_piece(keys + SIZE, v, key_row, next[STAGES - 1].start, limit, v_row_stride);
+            load_piece(ring + (stage + STAGES - 1) % STAGES * 2 * SIZE, k, v, key_row,
+                       next[STAGES - 1].start, limit, k_row_stride, v_row_stride);
         }
         copy_commit();
         const Entry entry = next[0];
@@ -206,7 +212,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attend(
         next[STAGES - 1] = look_up(piece + STAGES);
         const half_t* keys = ring + stage * 2 * SIZE;
         const half_t* values = keys + SIZE;
-        stage = (stage + 1) % STAGES;
         if ((entry.bits & warp_bits) == 0) continue;
 
         float logits[KEY_TILES][4] = {};
