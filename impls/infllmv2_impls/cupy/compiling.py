@@ -81,13 +81,13 @@ def import_cupy(module: str = "cupy") -> Any:
 
 
 def cubin_file(kernel: Kernel, arch: str) -> Path:
-    """Return the file with the cubin of a kernel, which is compiled unless it exists.
+    """Return the cubin of a kernel and its whole file, which is compiled unless it exists.
 
     It lies in `$INFLLMV2_CACHE_DIR`, or else in `~/.cache/infllmv2/cubins`; its name depends on all
     sources, options and versions.
     """
     folder = _folder()
-    path = folder / f"{kernel.name}-{arch}-{_key(kernel, arch)}.cubin"
+    path = folder / f"{Path(kernel.file).stem}-{arch}-{_key(kernel, arch)}.cubin"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(path, compile_kernel(kernel, arch).cubin)
@@ -130,7 +130,7 @@ def _key(kernel: Kernel, arch: str) -> str:
     """Return a digest of all that the cubin depends on."""
     texts = [item for pair in sorted(_sources(kernel.file).items()) for item in pair]
     versions = (_version(), import_cupy().__version__)
-    parts = (*texts, kernel.name, *OPTIONS, *kernel.options(), arch, *versions)
+    parts = (*texts, *OPTIONS, *kernel.options(), arch, *versions)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

@@ -239,9 +239,9 @@ score_kernel(const half_t* __restrict__ q, const half_t* __restrict__ windows,
             for (int i = 0; i < ROW_TILES; ++i) {
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    float sum = 0.0f;
+                    float sum = exp2_fast(logits[i][0][k] * scale - norms[0][k % 2]);
 #pragma unroll
-                    for (int j = 0; j < HEADS; ++j) {
+                    for (int j = 1; j < HEADS; ++j) {
                         sum += exp2_fast(logits[i][j][k] * scale - norms[j][k % 2]);
                     }
                     sums_at[k % 2 * SUM_ROW + row + 16 * i + k / 2 * 8] = sum;

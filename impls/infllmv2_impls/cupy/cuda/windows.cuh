@@ -17,12 +17,22 @@ template <int COPIERS>
 __device__ inline void copy_windows(half_t* tile, const half_t* __restrict__ from, int row_stride,
                                     int count) {
     constexpr int CHUNKS = D / 8;  // of 16 bytes in a row
+    if constexpr (COPIERS % CHUNKS == 0 && TILE_WINDOWS * CHUNKS % COPIERS == 0) {
+        // A thread stays in its column: most of the addresses are constant offsets.
+        constexpr int ROWS_AT_ONCE = COPIERS / CHUNKS;
+        const int row = threadIdx.x / CHUNKS;
+        const int column = threadIdx.x % CHUNKS * 8;
+        half_t* to = tile + row * WINDOW_ROW + column;
+        from += row * row_stride + column;
 #pragma unroll
-    for (int i = 0; i < (TILE_WINDOWS * CHUNKS + COPIERS - 1) / COPIERS; ++i) {
-        const int chunk = i * COPIERS + threadIdx.x;
-        const int row = chunk / CHUNKS;
-        const int column = chunk % CHUNKS * 8;
-        if (TILE_WINDOWS * CHUNKS % COPIERS == 0 || row < TILE_WINDOWS) {
+        for (int i = 0; i < TILE_WINDOWS; i += ROWS_AT_ONCE) {
+            copy16_async(to + i * WINDOW_ROW, from, row + i < count);
+            from += ROWS_AT_ONCE * row_stride;
+        }
+    } else {
+        for (int chunk = threadIdx.x; chunk < TILE_WINDOWS * CHUNKS; chunk += COPIERS) {
+            const int row = chunk / CHUNKS;
+            const int column = chunk % CHUNKS * 8;
             copy16_async(tile + row * WINDOW_ROW + column, from + row * row_stride + column,
                          row < count);
         }
