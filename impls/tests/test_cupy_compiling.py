@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import compiled_cuda
 from compiled_cuda import BUDGETS, MODEL, OTHERS, launches
 
-SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
-"""The most shared memory of a block."""
+SHARED = 99 << 10
+"""The most shared memory of a block on compute capability 8.6 and 8.9, the least there is."""
+SHARED_OF_WIDE = 163 << 10
+"""That on 8.0: heads of 256 channels need more than 8.6 has, and say so there."""
 COMPRESS = Kernel(
     "compress.cu",
     "compress_kernel",
@@ -61,8 +63,8 @@ def test_kernels_of_other_models_compile(model: tuple[torch.dtype, int, int, int
 
 
 @pytest.mark.parametrize("model", [MODEL, *OTHERS], ids=str)
-def test_blocks_fit_the_smallest_shared_memory(model: tuple[torch.dtype, int, int, int]) -> None:
-    most = min(SHARED.values())
+def test_blocks_fit_the_shared_memory(model: tuple[torch.dtype, int, int, int]) -> None:
+    most = SHARED if model[1] <= 128 else SHARED_OF_WIDE
     too_large = [x for x in launches(*model) if x.shared_bytes > most or x.threads > 1024]
     assert not too_large
 

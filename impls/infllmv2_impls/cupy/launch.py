@@ -83,9 +83,21 @@ class CupyBackend:
             self._shared[key] = _ALWAYS_SHARED
         function = self._loaded[key]
         if shared_bytes > self._shared[key]:
+            _check_shared(kernel, shared_bytes)
             function.max_dynamic_shared_size_bytes = shared_bytes
             self._shared[key] = shared_bytes
         return function
+
+
+def _check_shared(kernel: Kernel, shared_bytes: int) -> None:
+    """Raise RuntimeError unless the current device has so much shared memory for a block."""
+    most = import_cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    if shared_bytes > most:
+        macros = " ".join(kernel.options())
+        raise RuntimeError(
+            f"{kernel.name} with {macros} needs {shared_bytes} bytes of shared memory, and this "
+            f"device has {most} for a block"
+        )
 
 
 class _Stream:
