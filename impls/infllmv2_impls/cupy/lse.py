@@ -15,7 +15,7 @@ from infllmv2_reference.geometry import num_windows
 
 from .launch import Kernel, launch
 from .packing import Lengths, Windows, num_slots
-from .tuning import WINDOWS, lse_tile, num_parts, padded_group
+from .tuning import lse_tile, num_parts, padded_group
 
 LOG2_E = math.log2(math.e)
 
@@ -46,7 +46,7 @@ def window_lse(
     tile = lse_tile(head_dim, group, lengths.max_seqlen_q)
     slots = num_slots(total_q, lengths.batch, tile.tokens)
     most = num_windows(lengths.max_seqlen_k, windows.size, windows.stride)
-    parts = num_parts(slots * num_kv_heads, -(-most // WINDOWS))
+    parts = num_parts(slots * num_kv_heads, -(-most // tile.windows))
     lse = torch.empty((parts, total_q, num_heads), dtype=torch.float32, device=q.device)
     kernel = Kernel(
         "lse.cu",
@@ -60,6 +60,7 @@ def window_lse(
             ("STRIDE", windows.stride),
             ("BLOCK", block_size),
             ("WARPS", tile.warps),
+            ("TILE_WINDOWS", tile.windows),
             ("ROW_TILES", tile.row_tiles),
             ("STAGES", tile.stages),
             ("RESIDENT", tile.resident),

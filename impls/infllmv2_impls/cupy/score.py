@@ -11,10 +11,10 @@ from infllmv2_reference.config import SparseConfig
 from .launch import Kernel, launch
 from .lse import LOG2_E
 from .packing import Lengths, Lines, Windows
-from .tuning import WINDOWS, ScoreTile, num_parts, padded_group
+from .tuning import ScoreTile, num_parts, padded_group
 
 
-def can_pool(config: SparseConfig) -> bool:
+def can_pool(config: SparseConfig, tile: ScoreTile) -> bool:
     """Say whether blocks can be pooled from tiles of scores, before these are stored.
 
     Windows must lie alike in all blocks, those that reach into a block begin in the one before, and
@@ -27,9 +27,9 @@ def can_pool(config: SparseConfig) -> bool:
     extra = c.kernel_size // c.kernel_stride - 1
     return (
         per & (per - 1) == 0
-        and per <= WINDOWS
+        and per <= tile.windows
         and extra <= per
-        and (extra == 0 or WINDOWS // per <= 32)
+        and (extra == 0 or tile.windows // per <= 32)
     )
 
 
@@ -68,7 +68,7 @@ def write_scores(
     """
     (total_q, num_heads, head_dim), num_kv_heads = q.shape, windows.means.shape[1]
     group = num_heads // num_kv_heads
-    steps = -(-lengths.most_windows(config) // WINDOWS)
+    steps = -(-lengths.most_windows(config) // tile.windows)
     kernel = Kernel(
         "score.cu",
         "score_kernel",
@@ -85,6 +85,7 @@ def write_scores(
             ("BY_SLOT", int(lines.by_slot)),
             ("HEADS", tile.heads),
             ("TOKEN_GROUPS", tile.token_groups),
+            ("TILE_WINDOWS", tile.windows),
             ("ROW_TILES", tile.row_tiles),
             ("STAGES", tile.stages),
             ("RESIDENT", tile.resident),

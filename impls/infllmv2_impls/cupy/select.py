@@ -41,7 +41,7 @@ def score_blocks(
     q, c1 = _aligned(q, c1)
     tile = _tile(q, c1, lengths)
     pooled = _packed(q, c1.means.shape[1], lengths.most_blocks(config), tile, lengths)
-    if can_pool(config):
+    if can_pool(config, tile):
         lse = _normaliser(q, c1, c2, lengths, config)
         write_scores(q, c1, lse, lengths, config, tile, pooled, pooled=True)
     else:
@@ -83,7 +83,7 @@ def select(
     num_heads, total_q = c1.means.shape[1], q.shape[0]
     selected = _unwritten(num_heads, total_q, config, q.device)
     tile = _tile(q, c1, lengths)
-    is_pooled = can_pool(config)
+    is_pooled = can_pool(config, tile)
     blocks = padded(lengths.most_blocks(config))
     windows = 0 if is_pooled else padded(lengths.most_windows(config))
     limits = {"covered": config.budget, "dense_len": config.dense_len}

@@ -13,8 +13,6 @@ BLOCKS_OF_THREADS = 264
 """Enough to fill a device: two for each multiprocessor of an H100."""
 STEPS_OF_A_PART = 2
 """The fewest steps for which a block of threads is worth while."""
-WINDOWS = 64
-"""Windows of one step of the loops over them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class ScoreTile:
     Args:
         heads: heads of one warp, a power of two.
         token_groups: groups of 8 tokens; each has the warps that all heads need.
+        windows: of one step of the loop.
         row_tiles: how many times 16 windows a warp has logits of in registers.
         stages: tiles of windows in shared memory.
         threads: of the block.
@@ -33,6 +32,7 @@ class ScoreTile:
 
     heads: int
     token_groups: int
+    windows: int
     row_tiles: int
     stages: int
     threads: int
@@ -54,9 +54,10 @@ def score_tile(head_dim: int, group: int, max_seqlen_q: int) -> ScoreTile:
     token_groups = 1 if is_few else max(8 // splits, 1)
     warps = splits * token_groups
     resident = 1 if is_few else max(16 // warps, 1)
-    sums = 4 * warps * 8 * (WINDOWS + 4)
+    windows = _windows(head_dim)
+    sums = 4 * warps * 8 * (windows + 4)
     shared = 2 * _tile_bytes(head_dim) + 2 * sums
-    return ScoreTile(heads, token_groups, 2, 2, 32 * warps, resident, shared)
+    return ScoreTile(heads, token_groups, windows, 2, 2, 32 * warps, resident, shared)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class LseTile:
 
     Args:
         tokens: query tokens, each with all heads of a group.
+        windows: of one step of the loop.
         row_tiles: how many times 16 rows, of a token and a head each, a warp has.
         warps: of the block.
         stages: tiles of windows in shared memory.
@@ -73,6 +75,7 @@ class LseTile:
     """
 
     tokens: int
+    windows: int
     row_tiles: int
     warps: int
     stages: int
@@ -84,12 +87,14 @@ def lse_tile(head_dim: int, group: int, max_seqlen_q: int) -> LseTile:
     """Choose the tile of the normaliser: 4 warps, whose queries fill half of their registers."""
     padded = padded_group(group)
     few = max(16 // padded, 1)
+    windows = _windows(head_dim)
     if max_seqlen_q <= few:
         stages = 3  # few warps have nothing else to hide latencies with
-        return LseTile(few, 1, few * padded // 16, stages, 1, stages * _tile_bytes(head_dim))
+        warps = few * padded // 16
+        return LseTile(few, windows, 1, warps, stages, 1, stages * _tile_bytes(head_dim))
     row_tiles = 2 if head_dim <= 128 else 1
     tokens = 64 * row_tiles // padded
-    return LseTile(tokens, row_tiles, 4, 2, 3, 2 * _tile_bytes(head_dim))
+    return LseTile(tokens, windows, row_tiles, 4, 2, 3, 2 * _tile_bytes(head_dim))
 
 
 def padded_group(group: int) -> int:
@@ -97,8 +102,13 @@ def padded_group(group: int) -> int:
     return 1 << (group - 1).bit_length()
 
 
+def _windows(head_dim: int) -> int:
+    """Return the windows of a tile, few enough for the shared memory of small devices."""
+    return 64 if head_dim <= 128 else 32
+
+
 def _tile_bytes(head_dim: int) -> int:
-    return 2 * WINDOWS * (head_dim + 8)  # rows are padded by 8 halves
+    return 2 * _windows(head_dim) * (head_dim + 8)  # rows are padded by 8 halves
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@
 // Logarithms are to the base 2, with `scale * log2(e)` folded into the logits.
 //
 // Macros: BF16, GROUP, GROUP_PAD (a power of two), D, SIZE, STRIDE (of the windows), BLOCK, WARPS,
-// ROW_TILES (of 16 rows, of a warp), STAGES (tiles of windows in flight), RESIDENT (blocks of
-// threads that must fit a multiprocessor).
+// ROW_TILES (of 16 rows, of a warp), TILE_WINDOWS (of one step), STAGES (tiles of windows in shared
+// memory), RESIDENT (blocks of threads that must fit a multiprocessor).
 #include "windows.cuh"
 
 constexpr int THREADS = 32 * WARPS;

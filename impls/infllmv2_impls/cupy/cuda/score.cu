@@ -10,9 +10,9 @@
 //
 // Macros: BF16, GROUP, GROUP_PAD (a power of two), D, SIZE, STRIDE (of K_C1), BLOCK, POOLED (write
 // blocks that compete, not windows), ALL_VISIBLE (their windows have ended for sure), BY_SLOT (see
-// `Lines` of packing.py), HEADS (of one warp), TOKEN_GROUPS (of 8 tokens), ROW_TILES (of 16 windows
-// in registers at a time), STAGES (tiles of windows in shared memory), RESIDENT (blocks of threads
-// that must fit a multiprocessor).
+// `Lines` of packing.py), HEADS (of one warp), TOKEN_GROUPS (of 8 tokens), TILE_WINDOWS (of one
+// step), ROW_TILES (of 16 windows in registers at a time), STAGES (tiles of windows in shared
+// memory), RESIDENT (blocks of threads that must fit a multiprocessor).
 #include "windows.cuh"
 
 constexpr int SPLITS = GROUP_PAD / HEADS;  // warps that share 8 tokens
@@ -100,7 +100,8 @@ struct Pool {
                 for (int k = 0; k < STEP; ++k) {
                     float score = scores[k];
                     if (POOLED) score = score >= 0.0f ? score : 0.0f;  // NaN would take no place
-                    if (!ALL_VISIBLE && c + block * PER + p + k >= visible) score = NEGATIVE_INFINITY;
+                    const int window = c + block * PER + p + k;
+                    if (!ALL_VISIBLE && window >= visible) score = NEGATIVE_INFINITY;
                     best = POOLED ? fmaxf(best, score) : score;
                     if (p + k >= PER - EXTRA) late = fmaxf(late, score);
                 }

@@ -1,11 +1,10 @@
 // Tiles of windows in shared memory, and fragments of queries in registers, for tensor cores.
 //
-// Macro: D, the head dim.
+// Macros: D, the head dim; TILE_WINDOWS.
 #pragma once
 
 #include "packing.cuh"
 
-constexpr int TILE_WINDOWS = 64;
 static_assert(D % 16 == 0, "the tensor core multiplies 16 channels at a time");
 
 // Rows are padded by 16 bytes: eight of them at one column then lie in different banks.

@@ -1,0 +1,142 @@
+"""The selection in CUDA C++ against eager, in the emulator: shapes it hardly meets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from infllmv2_impls.cupy import launch, select, topk, tuning
+from infllmv2_impls.eager import IMPLEMENTATION as EAGER
+from infllmv2_impls.packing import Lengths, Windows
+from infllmv2_reference import SparseConfig
+from infllmv2_reference.layout import cu_seqlens_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cuda_emulator
+
+pytestmark = pytest.mark.skipif(not cuda_emulator.is_available(), reason="needs g++ on x86-64")
+
+SMALL = SparseConfig(
+    block_size=16, kernel_size=8, kernel_stride=4, window_size=32, topk=12, dense_len=-1
+)
+MODEL = SparseConfig(window_size=128, topk=6, dense_len=-1)
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "distinct": lambda *shape: torch.rand(shape),
+    "ties": lambda *shape: torch.randint(0, 4, shape).float(),
+    "hardly-any": lambda *shape: torch.where(
+        torch.rand(shape) < 0.97, -torch.inf, torch.randn(shape)
+    ),
+    "zeros": lambda *shape: (
+        torch.where(torch.rand(shape) < 0.5, -0.0, 0.0) - (torch.rand(shape) < 0.3).float()
+    ),
+    "wide": lambda *shape: -torch.rand(shape) * 10.0 ** torch.randint(-30, 30, shape),
+}
+# Warps of a row, and scores that a lane holds: less than a row has, as well.
+TILES = [tuning.TopkTile(4, 1, 4), tuning.TopkTile(4, 4, 1), tuning.TopkTile(16, 2, 1)]
+CASES = {
+    "prefill": (MODEL, 40, 3000, 16, 128),
+    "decode": (MODEL, 1, 9000, 16, 128),
+    "decode-exact": (replace(MODEL, lse="exact"), 1, 9000, 16, 128),
+    "padded-group": (MODEL, 9, 3000, 7, 64),
+    "wide-heads": (MODEL, 20, 2000, 32, 256),
+    "one-head": (MODEL, 70, 1500, 1, 96),
+    "one-stage": (replace(MODEL, kernel_size=64, kernel_stride=64, lse="exact"), 33, 3000, 2, 64),
+    "many-windows": (replace(SMALL, block_size=128, window_size=128, topk=3), 33, 2000, 8, 64),
+    "not-pooled": (replace(SMALL, kernel_size=32, kernel_stride=16), 33, 1500, 8, 64),
+    "ragged": (replace(SMALL, kernel_size=5, kernel_stride=3), 33, 1500, 4, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels run in the emulator."""
+    monkeypatch.setattr(launch, "backend", cuda_emulator.Emulator())
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("scores", SCORES)
+def test_rows_of_any_length(
+    scores: str, tile: tuning.TopkTile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Select from rows that several warps share, or that do not fit into registers."""
+    monkeypatch.setattr(topk, "topk_tile", lambda _: tile)
+    num_keys, num_queries = 16 * 300 + 7, 9
+    block_scores = SCORES[scores](2, num_queries, 301)
+    ends = cu_seqlens_of([num_queries], "cpu"), cu_seqlens_of([num_keys], "cpu")
+    lengths = Lengths(*ends, num_queries, num_keys)
+    expected = EAGER.select_blocks(
+        block_scores=block_scores,
+        cu_seqlens_q=ends[0],
+        cu_seqlens_k=ends[1],
+        max_seqlen_q=num_queries,
+        max_seqlen_k=num_keys,
+        config=SMALL,
+    )
+    assert_close(select.select_blocks(block_scores, lengths, SMALL), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_chunks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score windows as eager does, and select in chunks what the scores of blocks say."""
+    config, num_queries, num_keys, group, head_dim = CASES[case]
+    dtype = torch.float16 if group < 16 else torch.bfloat16
+    q = torch.randn(num_queries, 2 * group, head_dim).to(dtype)
+    k = torch.randn(num_keys, 2, head_dim).to(dtype)
+    ends = cu_seqlens_of([num_queries], "cpu"), cu_seqlens_of([num_keys], "cpu")
+    lengths = Lengths(*ends, num_queries, num_keys)
+    kinds = (
+        _windows(k, ends[1], config.kernel_size, config.kernel_stride),
+        _windows(k, ends[1], config.lse_kernel_size, config.lse_kernel_stride),
+    )
+    expected = EAGER.score_windows(**_named(q, kinds, lengths), config=config)
+    scores = select.score_windows(q, *kinds, lengths, config)[..., : expected.shape[2]]
+    is_visible = expected.isfinite()
+    assert_close(scores[is_visible], expected.to(scores.dtype)[is_visible], rtol=1e-3, atol=1e-6)
+    blocks = select.score_blocks(q, *kinds, lengths, config)
+    selected = select.select(q, *kinds, lengths, config)
+    assert_close(select.select_blocks(blocks, lengths, config), selected, rtol=0, atol=0)
+    monkeypatch.setattr(select, "SCRATCH_BYTES", 1)
+    assert_close(select.select(q, *kinds, lengths, config), selected, rtol=0, atol=0)
+
+
+def test_misaligned_tensors_are_copied() -> None:
+    """Copy what lies at odd addresses, and nothing else."""
+    x = torch.arange(4 * 2 * 16, dtype=torch.float16).view(4, 2, 16)
+    assert select.aligned(x, 8) is x
+    assert select.aligned(x[:, :1], 8).data_ptr() == x.data_ptr()
+    odd = torch.empty(129, dtype=torch.float16)[1:].view(4, 2, 16).copy_(x)
+    for view in (odd, x.transpose(1, 2)[:, :8], x[..., 1:9]):
+        copy = select.aligned(view, 8)
+        assert copy.data_ptr() % 16 == 0
+        assert copy.is_contiguous()
+        assert_close(copy, view)
+
+
+def _windows(k: Tensor, ends: Tensor, size: int, stride: int) -> Windows:
+    means, starts = EAGER.compress_keys(
+        k=k, cu_seqlens_k=ends, max_seqlen_k=len(k), kernel_size=size, kernel_stride=stride
+    )
+    return Windows(means, starts, size, stride)
+
+
+def _named(q: Tensor, kinds: tuple[Windows, Windows], lengths: Lengths) -> dict[str, Any]:
+    return {
+        "q": q,
+        "k_c1": kinds[0].means,
+        "k_c2": kinds[1].means,
+        "cu_seqlens_q": lengths.ends_q,
+        "cu_seqlens_k": lengths.ends_k,
+        "cu_seqlens_c1": kinds[0].starts,
+        "cu_seqlens_c2": kinds[1].starts,
+        "max_seqlen_q": lengths.max_seqlen_q,
+        "max_seqlen_k": lengths.max_seqlen_k,
+    }
