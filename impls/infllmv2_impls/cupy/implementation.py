@@ -291,11 +291,10 @@ def _score(
     stage: Callable[..., Tensor], q: Tensor, k_c1: Tensor, k_c2: Tensor, *rest: Any
 ) -> Tensor:
     """Check the arguments of a function that begins with scores, and call its stage."""
-    *lengths, config = rest
-    checks.check_scoring(q, k_c1, k_c2, *lengths, config, dtypes=DTYPES, values=False)
+    checks.check_scoring(q, k_c1, k_c2, *rest, dtypes=DTYPES, values=False)
     _check_heads(q, k_c1.shape[1])
     check_runs_on("q", q)
-    ends_q, ends_k, ends_c1, ends_c2, max_seqlen_q, max_seqlen_k = lengths
+    ends_q, ends_k, ends_c1, ends_c2, max_seqlen_q, max_seqlen_k, config = rest
     c1 = Windows(k_c1, ends_c1, config.kernel_size, config.kernel_stride)
     c2 = Windows(k_c2, ends_c2, config.lse_kernel_size, config.lse_kernel_stride)
     bounds = Lengths(ends_q, ends_k, max_seqlen_q, max_seqlen_k)
