@@ -68,7 +68,11 @@ def test_rows_of_any_length(
     scores: str, tile: tuning.TopkTile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Select from rows that several warps share, or that do not fit into registers."""
-    monkeypatch.setattr(topk, "topk_tile", lambda _: tile)
+
+    def choose(_: int) -> tuning.TopkTile:
+        return tile
+
+    monkeypatch.setattr(topk, "topk_tile", choose)
     num_keys, num_queries = 16 * 300 + 7, 9
     block_scores = SCORES[scores](2, num_queries, 301)
     ends = cu_seqlens_of([num_queries], "cpu"), cu_seqlens_of([num_keys], "cpu")

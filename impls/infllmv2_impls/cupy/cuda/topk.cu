@@ -206,7 +206,8 @@ __device__ void choose(const float* scores, int* out, int init, int last, int wa
     for (int i = N; i < row.steps(); ++i) store(row.load(i), begin + 32 * i + lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// A named number of residents keeps the compiler from spilling for more of them.
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 topk_kernel(const float* __restrict__ scores, int* __restrict__ selected,
             const int* __restrict__ ends_q, const int* __restrict__ ends_k, int batch, int total_q,
             int dense_len, int init, int local, int budget, int first_slot, int slots, int tile,
