@@ -48,3 +48,12 @@ def unread_tokens(selected: Tensor, span: Span, block_size: int) -> Tensor:
     """Say which tokens lie in a block that no row of `selected` `[HK, T, K]` has, `[S]`."""
     unread = ~members(selected, num_blocks(span.num_keys, block_size)).any(0).any(0)
     return unread.repeat_interleave(block_size)[: span.num_keys]
+
+
+def doubles(out: Tensor) -> Tensor:
+    """Say where a rounded output must double with its exact value.
+
+    The spacing of numbers doubles with them only from the smallest normal number on. An output that
+    is this very number may have been rounded up to it, and its double lies among closer numbers.
+    """
+    return out.abs() > torch.finfo(out.dtype).tiny

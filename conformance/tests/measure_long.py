@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rule", action="append")
     options = parser.parse_args()
-    for rule in options.rule or [r for r in RULES if RULES[r].stage == LONG]:
+    claims = load(options.impl).capabilities
+    claimed = [r for r in RULES if all(getattr(claims, name) for name in RULES[r].claims)]
+    for rule in options.rule or [r for r in claimed if RULES[r].stage == LONG]:
         found = measure(options.impl, options.length, torch.device(options.device), rule)
         rounded = {n: round(x, 3) if isinstance(x, float) else x for n, x in found.items()}
         print(json.dumps(rounded), flush=True)

@@ -13,7 +13,13 @@ from infllmv2_conformance.checks import (
     check_values,
 )
 from infllmv2_conformance.failure import ConformanceFailure
-from infllmv2_conformance.masks import competing_blocks, forced_blocks, members, visible_blocks
+from infllmv2_conformance.masks import (
+    competing_blocks,
+    doubles,
+    forced_blocks,
+    members,
+    visible_blocks,
+)
 from infllmv2_reference import SparseConfig, select_blocks
 from infllmv2_reference.geometry import is_forced, num_blocks
 from infllmv2_reference.layout import Span
@@ -124,3 +130,16 @@ def test_selection_says_what_is_missing() -> None:
     expected = select_blocks(scores, 28, CONFIG)
     with pytest.raises(ConformanceFailure, match=r"misses \[2\], has instead \[1\]"):
         check_selection(torch.tensor([[[0, 1, 5, 6]]]), expected, span(1, 28), CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_outputs_that_must_double(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    exact = torch.linspace(0, 4, 20001, dtype=torch.float64) * info.tiny  # many of them subnormal
+    exact = torch.cat([exact, info.tiny * (1 - torch.tensor([0.3, 0.4]).double() * info.eps)])
+    once, twice = exact.to(dtype), (2 * exact).to(dtype)
+    honest = doubles(once)
+    assert torch.equal(twice[honest], 2 * once[honest])
+    assert honest[once > info.tiny].all()
+    rounded_up = (once == info.tiny) & (exact < info.tiny)
+    assert not torch.equal(twice[rounded_up], 2 * once[rounded_up])
