@@ -1,35 +1,20 @@
-"""The protocol of the ring in `hopper.py`, played with every agent at a random pace.
+"""The protocol of the ring in `hopper.py` of Triton, played with every agent at a random pace.
 
-A GPU rarely runs its warps in an order in which a wrong protocol shows; this model does. It repeats
-what the kernels do with barriers, and nothing else: `load_pieces`, `next_piece` and a group's loop.
+It repeats what the kernels do with barriers, and nothing else: `load_pieces`, `next_piece` and a
+group's loop.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
-Steps = Generator[bool, None, None]
-"""Yields False while an agent waits, and True after each thing that it did."""
-
-
-class Barrier:
-    """An mbarrier: a phase ends when all have arrived, and a wait sees only its parity."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.phase = count, 0
-        self.arrived: set[object] = set()
-
-    def arrive(self, who: object) -> None:
-        assert who not in self.arrived, f"{who} is counted twice in one phase"
-        self.arrived.add(who)
-        if len(self.arrived) == self.count:
-            self.phase, self.arrived = self.phase + 1, set()
-
-    def passed(self, parity: int) -> bool:
-        return (self.phase - 1) & 1 == parity
+sys.path.insert(0, str(Path(__file__).parent))
+from ring_model import Barrier, Steps, play
 
 
 class Ring:
@@ -96,17 +81,7 @@ class Ring:
             held = newest
 
     def play(self, pace: random.Random) -> None:
-        agents: list[Steps] = [self.load(), *map(self.multiply, range(len(self.attended[0])))]
-        slow = pace.randrange(len(agents))
-        waited = 0
-        while agents:
-            agent = pace.choice(agents if pace.random() < 0.3 else agents[slow:] or agents)
-            try:
-                waited = 0 if next(agent) else waited + 1
-            except StopIteration:
-                agents.remove(agent)
-                waited = 0
-            assert waited < 1000, "all wait for each other"
+        play([self.load(), *map(self.multiply, range(len(self.attended[0])))], pace)
 
 
 def rings(fault: str = "") -> Generator[tuple[Ring, random.Random], None, None]:

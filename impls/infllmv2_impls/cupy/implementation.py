@@ -16,6 +16,7 @@ from infllmv2_reference.config import SparseConfig
 from . import attend as attend_stage
 from . import compress, select, whole
 from .cache import CupyCache
+from .compiling import architecture
 from .launch import check_runs_here, check_runs_on
 from .packing import Lengths, Windows
 from .rows import unit_stride
@@ -296,7 +297,11 @@ class CupyPortable(CupyImplementation):
 
 
 class CupyHopper(CupyImplementation):
-    """Use the kernels for Hopper GPUs, also where few queries make others faster."""
+    """Use the kernels for Hopper GPUs, also where few queries make others faster.
+
+    Raises:
+        RuntimeError: as `CupyImplementation`, or the device is no Hopper GPU.
+    """
 
     kernels: ClassVar[attend_stage.Kernels] = "hopper"
     capabilities: ClassVar[dict[str, Any]] = {
@@ -305,6 +310,10 @@ class CupyHopper(CupyImplementation):
         "group_sizes": (16, 8, 32),
         "block_sizes": (64, 128),
     }
+
+    def __init__(self) -> None:
+        super().__init__()
+        architecture(torch.cuda.get_device_capability(), hopper=True)
 
 
 def _score(
