@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllmv2_impls.cupy import CupyImplementation, launch
+from infllmv2_impls.cupy import CupyImplementation, attend_hopper, launch
 from infllmv2_impls.cupy.compiling import Kernel, compile_kernel, import_cupy
 from infllmv2_reference.config import SparseConfig
 
@@ -32,6 +32,17 @@ OTHERS = (
     (torch.bfloat16, 96, 1, 48),
     (torch.float16, 256, 8, 128),
 )
+HOPPER = (
+    (torch.bfloat16, 16, 128),
+    (torch.bfloat16, 8, 64),
+    (torch.bfloat16, 32, 128),
+    (torch.float16, 16, 64),
+)
+"""Dtype, group and head dim of the kernel for Hopper GPUs."""
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
+SHARED["sm_90a"] = SHARED["sm_90"]
+"""The most shared memory of a block, by architecture."""
+ARCHITECTURES = tuple(SHARED)
 KEYS = 16384
 TOKENS = 64
 
@@ -47,7 +58,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Hold what a thread and a block need: registers, bytes of spills, static shared memory."""
+    """Hold what a thread and a block need: registers, bytes of spills, of all shared memory."""
 
     registers: int
     spills: int
@@ -135,40 +146,61 @@ def _stages(
     impl.select_blocks(block_scores=pooled, config=config, **lengths)
 
 
+def hopper_launches() -> list[Launch]:
+    """Return the launches of the kernel for Hopper GPUs, which only such a device is given."""
+    return [
+        Launch(
+            attend_hopper.kernel(dtype, group, dim),
+            attend_hopper.THREADS,
+            attend_hopper.shared_bytes(dim),
+        )
+        for dtype, group, dim in HOPPER
+    ]
+
+
+def with_budgets(arch: str) -> list[Launch]:
+    """Return the launches that have budgets for an architecture, one of each kernel."""
+    if arch == "sm_90a":
+        return hopper_launches()
+    every = sorted(launches(*MODEL), key=lambda x: x.shared_bytes)
+    return list({x.kernel: x for x in every}.values())
+
+
 def title(kernel: Kernel, arch: str) -> str:
     """Return the key of a kernel's budget."""
     macros = (f"{name}={value}" for name, value in kernel.defines)
     return " ".join((kernel.name, arch, *macros))
 
 
-def resources(kernel: Kernel, arch: str) -> Resources:
-    """Compile a kernel and return what it needs."""
+def log_of(kernel: Kernel, arch: str) -> str:
+    """Compile a kernel and return what the assembler says of it."""
     log = compile_kernel(kernel, arch, "--ptxas-options=-v").log
-    parts = log.split(f"Compiling entry function '{kernel.name}'")
-    if len(parts) != 2:
+    if log.count(f"Compiling entry function '{kernel.name}'") != 1:
         raise ValueError(f"the log of {title(kernel, arch)} does not name the kernel once:\n{log}")
-    text = parts[1].partition("Compiling entry function")[0]
+    return log
+
+
+def resources(launch: Launch, arch: str) -> Resources:
+    """Compile a kernel and return what it needs."""
+    name = launch.kernel.name
+    text = log_of(launch.kernel, arch).partition(f"Compiling entry function '{name}'")[2]
+    text = text.partition("Compiling entry function")[0]
 
     def number(pattern: str) -> int:
         found = re.search(pattern, text)
         return int(found[1]) if found else 0
 
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return Resources(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes smem"))
+    shared = number(r"(\d+) bytes smem") + launch.shared_bytes
+    return Resources(number(r"Used (\d+) registers"), spills, shared)
 
 
-def measure(pairs: Iterable[tuple[Kernel, str]]) -> dict[str, Resources]:
-    """Compile kernels for architectures, several at a time."""
-    every = list(dict.fromkeys(pairs))
+def measure(every: Iterable[Launch], arch: str) -> dict[str, Resources]:
+    """Compile kernels for an architecture, several at a time."""
+    every = list(every)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda pair: resources(*pair), every))
-    return {title(*pair): result for pair, result in zip(every, found, strict=True)}
-
-
-def of_model() -> list[tuple[Kernel, str]]:
-    """Return the kernels and architectures that have budgets."""
-    kernels = [x.kernel for x in launches(*MODEL)]
-    return [(x, arch) for x in kernels for arch in ("sm_80", "sm_90")]
+        found = list(pool.map(lambda x: resources(x, arch), every))
+    return {title(x.kernel, arch): result for x, result in zip(every, found, strict=True)}
 
 
 def nvrtc_version() -> str:
@@ -176,6 +208,17 @@ def nvrtc_version() -> str:
     return ".".join(map(str, import_cupy("cupy_backends.cuda.libs.nvrtc").getVersion()))
 
 
+def main() -> None:
+    """Write the budgets, a line for each kernel, so that a change shows what it costs."""
+    measured = {
+        name: vars(found)
+        for arch in ARCHITECTURES
+        for name, found in measure(with_budgets(arch), arch).items()
+    }
+    lines = (f"  {json.dumps(name)}: {json.dumps(measured[name])}" for name in sorted(measured))
+    head = f'{{\n "nvrtc": {json.dumps(nvrtc_version())},\n "kernels": {{\n'
+    BUDGETS.write_text(head + ",\n".join(lines) + "\n }\n}\n")
+
+
 if __name__ == "__main__":
-    measured = {name: vars(found) for name, found in sorted(measure(of_model()).items())}
-    BUDGETS.write_text(json.dumps({"nvrtc": nvrtc_version(), "kernels": measured}, indent=1) + "\n")
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from infllmv2_impls.cupy.compiling import Kernel, architecture, cubin_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compiled_cuda
-from compiled_cuda import BUDGETS, MODEL, OTHERS, launches
+from compiled_cuda import (
+    ARCHITECTURES,
+    BUDGETS,
+    HOPPER,
+    MODEL,
+    OTHERS,
+    SHARED,
+    hopper_launches,
+    launches,
+    with_budgets,
+)
 
-SHARED = 99 << 10
-"""The most shared memory of a block on compute capability 8.6 and 8.9, the least there is."""
-SHARED_OF_WIDE = 163 << 10
-"""That on 8.0: heads of 256 channels need more than 8.6 has, and say so there."""
 COMPRESS = Kernel(
     "compress.cu",
     "compress_kernel",
@@ -39,12 +46,16 @@ def nvrtc() -> str:
         pytest.skip(f"CuPy finds no NVRTC: {error}")
 
 
-def test_kernels_of_the_model_stay_in_budget(nvrtc: str) -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_stay_in_budget(arch: str, nvrtc: str) -> None:
     recorded = json.loads(BUDGETS.read_text())
-    budgets: dict[str, Any] = recorded["kernels"]
-    measured = compiled_cuda.measure(compiled_cuda.of_model())
+    budgets: dict[str, Any] = {
+        name: budget for name, budget in recorded["kernels"].items() if name.split()[1] == arch
+    }
+    measured = compiled_cuda.measure(with_budgets(arch), arch)
     unknown = sorted(measured.keys() ^ budgets.keys())
     assert not unknown, f"run impls/tests/compiled_cuda.py: {unknown}"
+    assert all(found.shared <= SHARED[arch] for found in measured.values())
     if nvrtc != recorded["nvrtc"]:
         pytest.skip(f"budgets hold for NVRTC {recorded['nvrtc']}; all compile with {nvrtc}")
     over = {
@@ -55,16 +66,45 @@ def test_kernels_of_the_model_stay_in_budget(nvrtc: str) -> None:
     assert not over
 
 
+def test_every_kernel_has_budgets() -> None:
+    has = {x.kernel.name for arch in ARCHITECTURES for x in with_budgets(arch)}
+    pattern = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(')
+    sources = {path: pattern.findall(path.read_text()) for path in compiling.CUDA.glob("*.cu")}
+    assert all(sources.values())
+    assert {name for names in sources.values() for name in names} == has
+
+
 @pytest.mark.parametrize("model", OTHERS, ids=str)
 def test_kernels_of_other_models_compile(model: tuple[torch.dtype, int, int, int], nvrtc: str):
     arch = ("sm_80", "sm_90", "sm_86", "sm_89")[OTHERS.index(model)]
-    measured = compiled_cuda.measure((x.kernel, arch) for x in launches(*model))
+    measured = compiled_cuda.measure(launches(*model), arch)
     assert all(0 < found.registers <= 255 for found in measured.values())
+
+
+@pytest.mark.parametrize("launch", hopper_launches(), ids=[f"{x[1]}-{x[2]}-{x[0]}" for x in HOPPER])
+def test_products_overlap_on_hopper(launch: compiled_cuda.Launch, nvrtc: str) -> None:
+    log = compiled_cuda.log_of(launch.kernel, "sm_90a")
+    assert "Potential Performance Loss" not in log, log
+    assert "warpgroup.wait is injected" not in log, log
+
+
+def test_products_that_do_not_overlap_are_seen(nvrtc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = hopper_launches()[0].kernel
+    sources = compiling._sources(kernel.file)
+    text = sources[kernel.file].replace("products_wait<1>();", "")
+    assert text != sources[kernel.file]
+
+    def changed(_: str) -> dict[str, str]:
+        return {**sources, kernel.file: text}
+
+    monkeypatch.setattr(compiling, "_sources", changed)
+    assert "Potential Performance Loss" in compiled_cuda.log_of(kernel, "sm_90a")
 
 
 @pytest.mark.parametrize("model", [MODEL, *OTHERS], ids=str)
 def test_blocks_fit_the_shared_memory(model: tuple[torch.dtype, int, int, int]) -> None:
-    most = SHARED if model[1] <= 128 else SHARED_OF_WIDE
+    # Heads of 256 channels need more than the smallest devices have, and say so there.
+    most = SHARED["sm_86"] if model[1] <= 128 else SHARED["sm_80"]
     too_large = [x for x in launches(*model) if x.shared_bytes > most or x.threads > 1024]
     assert not too_large
 
