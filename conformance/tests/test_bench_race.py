@@ -137,6 +137,13 @@ def test_wrong_gradients_get_no_number(bench):
     assert wrong["seconds"] is None
 
 
+def test_the_backward_of_a_wanted_function_is_timed(bench):
+    """`--functions attend --tasks backward` once timed dense attention alone, and said nothing."""
+    changes = {"tasks": ("backward",), "functions": ("attend",), "l2": ("hot",)}
+    found = bench("Honest", wish=Wish(**vars(SMALL) | changes))["Honest"]
+    assert set(found) == {"attend.backward"}
+
+
 def test_every_function_that_is_offered_has_a_row(bench):
     wish = Wish(**vars(SMALL) | {"tasks": ("forward", "decode"), "batches": (2,), "l2": ("hot",)})
     found = bench("Honest", wish=wish)["Honest"]

@@ -248,7 +248,8 @@ class Session:
     def _wanted(self, function: str, ours: bool) -> bool:
         if not ours and function not in WHOLE:
             return False
-        return not self.wish.functions or function.split("[")[0] in self.wish.functions
+        contract_function = function.split("[")[0].split(".")[0]  # of `compress_keys[k_c2]`, too
+        return not self.wish.functions or contract_function in self.wish.functions
 
     def _predict(
         self, workload: Workload, competitor: str, function: str
