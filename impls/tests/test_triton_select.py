@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from infllmv2_impls.packing import Lengths
+from infllmv2_impls.packing import Lengths, num_slots
 from infllmv2_impls.triton import TritonImplementation, ops, select, sequences, tuning
 from infllmv2_impls.triton.device import INTERPRETED
 from infllmv2_impls.triton.score import can_pool
@@ -267,7 +267,7 @@ def find_tiles(ends, places, batch, tile: tl.constexpr):
 @pytest.mark.parametrize("lengths", [[5], [0, 5, 0], [16, 16], [1] * 9, [33, 0, 0, 7, 31, 17], [0]])
 def test_every_tile_has_one_slot(lengths: list[int]) -> None:
     ends = cu_seqlens_of(lengths, DEVICE)
-    slots = sequences.num_slots(sum(lengths), len(lengths), 16)
+    slots = num_slots(sum(lengths), len(lengths), 16)
     places = torch.zeros(max(slots, 1), 4, dtype=torch.int32, device=DEVICE)
     if slots:
         find_tiles[(slots,)](ends, places, len(lengths), tile=16)
