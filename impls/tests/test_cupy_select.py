@@ -6,24 +6,28 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from infllmv2_conformance import bounds
+from infllmv2_conformance.capabilities import Arithmetic
+from infllmv2_conformance.checks import check_values
 from infllmv2_impls.cupy import launch, select, topk, tuning
+from infllmv2_impls.cupy.implementation import CAPABILITIES
 from infllmv2_impls.eager import IMPLEMENTATION as EAGER
 from infllmv2_impls.packing import Lengths, Windows
 from infllmv2_reference import SparseConfig
-from infllmv2_reference.layout import cu_seqlens_of
+from infllmv2_reference.layout import cu_seqlens_of, spans
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_emulator
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.is_available(), reason="needs g++ on x86-64")
 
+ARITHMETIC = Arithmetic(**CAPABILITIES["arithmetic"])
 SMALL = SparseConfig(
     block_size=16, kernel_size=8, kernel_stride=4, window_size=32, topk=12, dense_len=-1
 )
@@ -90,7 +94,7 @@ def test_rows_of_any_length(
 
 @pytest.mark.parametrize("case", CASES)
 def test_scores_and_chunks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Score windows as eager does, and select in chunks what the scores of blocks say."""
+    """Score windows within the suite's bounds; select in chunks what the scores of blocks say."""
     config, num_queries, num_keys, group, head_dim = CASES[case]
     dtype = torch.float16 if group < 16 else torch.bfloat16
     q = torch.randn(num_queries, 2 * group, head_dim).to(dtype)
@@ -101,10 +105,12 @@ def test_scores_and_chunks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         _windows(k, ends[1], config.kernel_size, config.kernel_stride),
         _windows(k, ends[1], config.lse_kernel_size, config.lse_kernel_stride),
     )
-    expected = EAGER.score_windows(**_named(q, kinds, lengths), config=config)
-    scores = select.score_windows(q, *kinds, lengths, config)[..., : expected.shape[2]]
-    is_visible = expected.isfinite()
-    assert_close(scores[is_visible], expected.to(scores.dtype)[is_visible], rtol=1e-3, atol=1e-6)
+    (span,) = spans(*ends)
+    windows = (kinds[0].means, kinds[1].means)
+    must = bounds.scores(q, *windows, num_keys, config, ARITHMETIC)
+    scores = select.score_windows(q, *kinds, lengths, config)[..., : must.value.shape[-1]]
+    scores = scores.where(must.value > -torch.inf, -torch.inf)  # anything at invisible windows
+    check_values("a window's score is wrong", scores, must, span, "scores", lambda _: None)
     blocks = select.score_blocks(q, *kinds, lengths, config)
     selected = select.select(q, *kinds, lengths, config)
     assert_close(select.select_blocks(blocks, lengths, config), selected, rtol=0, atol=0)
@@ -130,17 +136,3 @@ def _windows(k: Tensor, ends: Tensor, size: int, stride: int) -> Windows:
         k=k, cu_seqlens_k=ends, max_seqlen_k=len(k), kernel_size=size, kernel_stride=stride
     )
     return Windows(means, starts, size, stride)
-
-
-def _named(q: Tensor, kinds: tuple[Windows, Windows], lengths: Lengths) -> dict[str, Any]:
-    return {
-        "q": q,
-        "k_c1": kinds[0].means,
-        "k_c2": kinds[1].means,
-        "cu_seqlens_q": lengths.ends_q,
-        "cu_seqlens_k": lengths.ends_k,
-        "cu_seqlens_c1": kinds[0].starts,
-        "cu_seqlens_c2": kinds[1].starts,
-        "max_seqlen_q": lengths.max_seqlen_q,
-        "max_seqlen_k": lengths.max_seqlen_k,
-    }

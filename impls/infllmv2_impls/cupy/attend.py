@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,24 +41,6 @@ MOST_PARTS = 128
 WITHOUT_GPU = 4
 """Multiprocessors that an emulator is said to have: few, as it runs threads one by one."""
 LOG2_E = 1.4426950408889634
-
-CAPABILITIES: dict[str, Any] = {
-    "devices": ("cuda",),
-    "dtypes": ("bfloat16", "float16"),
-    "head_dims": (64, 128, 256, 96, 32),
-    "group_sizes": (2, 16, 1, 7, 8, 32, 4),
-    "block_sizes": BLOCK_SIZES,
-    "gradients": False,
-    "deterministic": True,
-    "batch_invariant": False,
-    "validates": ("shapes", "dtypes", "devices"),
-    "arithmetic": {
-        "accumulate": "float32",
-        "products": "ieee",
-        "probabilities": "input",
-        "scores": "float32",
-    },
-}
 
 
 def attend(
@@ -246,16 +228,6 @@ def _parts(union: Union, tile: Tile, max_seqlen_k: int, dense_len: int | None, q
     dense = num_blocks(min(max_seqlen_k, max(dense_len or 0, 0)), tile.piece)
     most = max(union.capacity - 1, dense)  # pieces of a tile
     return max(1, min(wanted, -(-most // LEAST_PIECES), MOST_PARTS))
-
-
-class AttendAlone:
-    """Offer `attend` and nothing else, to be checked by itself."""
-
-    capabilities = CAPABILITIES
-
-    def attend(self, **arguments: Any) -> tuple[Tensor, Tensor]:
-        """Attend the selected blocks: `[total_q, HQ, D]` and LSE `[total_q, HQ]`."""
-        return attend(**arguments)
 
 
 def _aligned(x: Tensor) -> Tensor:

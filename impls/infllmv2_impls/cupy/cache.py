@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from infllmv2_impls.cache import TokenCache
+from infllmv2_impls.packing import num_slots
 
 from .compress import average_kernel, average_tile
 from .launch import Kernel, launch
-from .packing import num_slots
 from .rows import int64, unit_stride, vector_of
 
 THREADS = 256

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import num_slots
+
 from .launch import Kernel, launch
-from .packing import num_slots
 from .rows import int64, unit_stride, vector_of
 
 THREADS = 256

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infllmv2_impls import checks
+from infllmv2_impls.packing import Lengths, Windows
 from infllmv2_reference.config import SparseConfig
 
 from . import attend as attend_stage
@@ -18,7 +19,6 @@ from . import compress, select, whole
 from .cache import CupyCache
 from .compiling import architecture
 from .launch import check_runs_here, check_runs_on
-from .packing import Lengths, Windows
 from .rows import unit_stride
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Windows, num_slots
 from infllmv2_reference.geometry import num_windows
 
 from .launch import Kernel, launch
-from .packing import Lengths, Windows, num_slots
 from .tuning import lse_tile, num_parts, padded_group
 
 LOG2_E = math.log2(math.e)

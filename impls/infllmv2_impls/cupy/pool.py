@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from infllmv2_impls.packing import Lengths, Lines
 from infllmv2_reference.config import SparseConfig
 
 from .launch import Kernel, launch
-from .packing import Lengths, Lines
 
 THREADS = 128
 SPAN = 1024

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines, Windows
 from infllmv2_reference.config import SparseConfig
 
 from .launch import Kernel, launch
 from .lse import LOG2_E
-from .packing import Lengths, Lines, Windows
 from .tuning import ScoreTile, num_parts, padded_group
 
 

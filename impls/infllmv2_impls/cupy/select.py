@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines, Windows, num_slots
 from infllmv2_reference.config import SparseConfig
 
 from .lse import window_lse
-from .packing import Lengths, Lines, Windows, num_slots
 from .pool import pool_scores
 from .score import can_pool, write_scores
 from .topk import write_selection

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Lines
 from infllmv2_reference.config import SparseConfig
 
 from .launch import Kernel, launch
-from .packing import Lengths, Lines
 from .tuning import topk_tile
 
 

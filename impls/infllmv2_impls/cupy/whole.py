@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infllmv2_impls.packing import Lengths, Windows
 from infllmv2_reference.config import SparseConfig
 
 from .attend import Kernels, attend
 from .cache import CupyCache
 from .compress import compress_keys
-from .packing import Lengths, Windows
 from .select import select
 
 
