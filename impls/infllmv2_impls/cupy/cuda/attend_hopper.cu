@@ -411,7 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                          GROUPS * 4);  // one for each warp that multiplies
             barrier_init(&shared.values_empty[stage], GROUPS * 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
     }
     __syncthreads();
     const int group = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);

@@ -1,7 +1,88 @@
 // What Hopper's tensor cores and copy engine take: barriers, descriptors, asynchronous products.
+// With INFLLMV2_EMULATED the same functions come from an emulator, as in `primitives.cuh`.
 #pragma once
 
 #include "primitives.cuh"
+#ifdef INFLLMV2_EMULATED
+#include "hopper_emulator.h"
+#endif
+
+// What the copy engine needs to know of a tensor; the host has it written.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+// ---- matrices in shared memory ----
+//
+// They have rows of 128 bytes, 64 channels, in the copy engine's swizzle; the next 64 channels are
+// `64 rows * 128 bytes` further. Base addresses are multiples of 1024.
+
+constexpr uint32_t PANEL = 64 * 128;  // bytes of 64 rows and 64 channels
+
+// Describe rows along M or N, channels along K. The distance of 8 rows is 1024 bytes.
+static __device__ __forceinline__ uint64_t rows_descriptor(uint32_t address) {
+    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) |
+           ((address & 0x3FFFF) >> 4);
+}
+
+// Describe rows along K, channels along N. 8 rows are 1024 bytes, 64 channels a panel apart.
+static __device__ __forceinline__ uint64_t columns_descriptor(uint32_t address) {
+    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(PANEL >> 4) << 16) |
+           ((address & 0x3FFFF) >> 4);
+}
+
+// Move a descriptor by 16-byte units: only its low word holds an address.
+static __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t units) {
+    return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + units);
+}
+
+#ifdef INFLLMV2_EMULATED
+
+inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::phases_init(barrier, arrivals); }
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) { emulator::phases_expect(barrier, bytes); }
+inline void barrier_arrive(uint64_t* barrier) { emulator::phases_arrive(barrier); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emulator::phases_wait(barrier, parity); }
+inline void fence_barrier_init() { emulator::fence_barrier_init(); }
+inline void fence_async_shared() { emulator::fence_async_shared(); }
+
+inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
+    emulator::copy_box(to, map->words, x, y, z, barrier);
+}
+
+inline void products_fence() { emulator::products_fence(); }
+inline void products_commit() { emulator::products_commit(); }
+
+template <int LEFT>
+inline void products_wait() {
+    emulator::products_wait<BF16>(LEFT);
+}
+
+template <int N>
+inline void products_done(float (&d)[N]) {
+    emulator::products_done(d);
+}
+
+template <int N>
+inline void product_rows(float (&d)[N], uint64_t a, uint64_t b, bool add) {
+    emulator::product<BF16>(d, a, nullptr, b, add);
+}
+
+template <int N>
+inline void product_columns(float (&d)[N], const uint32_t* a, uint64_t b) {
+    emulator::product<BF16>(d, 0, a, b, true);
+}
+
+template <int REGISTERS>
+inline void take_registers() {
+    emulator::set_registers(REGISTERS, true);
+}
+
+template <int REGISTERS>
+inline void give_registers() {
+    emulator::set_registers(REGISTERS, false);
+}
+
+#else
 
 // ---- barriers in shared memory ----
 
@@ -35,16 +116,17 @@ static __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t 
         : "memory");
 }
 
+// Let the copy engine see the barriers that this thread has initialised.
+static __device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 // Let the copy engine and the tensor cores see what this thread stored in shared memory.
 static __device__ __forceinline__ void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- the copy engine ----
-
-struct alignas(64) TensorMap {
-    uint64_t words[16];
-};
 
 static __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, int y, int z,
                                                 uint64_t* barrier) {
@@ -56,28 +138,6 @@ static __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, 
 }
 
 // ---- products of a group of four warps ----
-//
-// Matrices in shared memory have rows of 128 bytes, 64 channels, in the copy engine's swizzle; the
-// next 64 channels are `64 rows * 128 bytes` further. Base addresses are multiples of 1024.
-
-constexpr uint32_t PANEL = 64 * 128;  // bytes of 64 rows and 64 channels
-
-// Describe rows along M or N, channels along K. The distance of 8 rows is 1024 bytes.
-static __device__ __forceinline__ uint64_t rows_descriptor(uint32_t address) {
-    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) |
-           ((address & 0x3FFFF) >> 4);
-}
-
-// Describe rows along K, channels along N. 8 rows are 1024 bytes, 64 channels a panel apart.
-static __device__ __forceinline__ uint64_t columns_descriptor(uint32_t address) {
-    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(PANEL >> 4) << 16) |
-           ((address & 0x3FFFF) >> 4);
-}
-
-// Move a descriptor by 16-byte units: only its low word holds an address.
-static __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t units) {
-    return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + units);
-}
 
 static __device__ __forceinline__ void products_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -158,3 +218,5 @@ template <int REGISTERS>
 static __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+
+#endif
