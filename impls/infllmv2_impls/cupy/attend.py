@@ -162,7 +162,7 @@ def _takes_hopper(q: Tensor, k: Tensor, block_size: int, kernels: Kernels) -> bo
     if kernels == "portable" or not attend_hopper.suits(q, k, block_size):
         return False
     tiles = len(q) // attend_hopper.tokens_of_tile(q.shape[1] // k.shape[1]) * k.shape[1]
-    return kernels == "hopper" or tiles >= _multiprocessors(q.device)
+    return kernels == "hopper" or tiles >= multiprocessors(q.device)
 
 
 def _attend_tiles(
@@ -224,7 +224,7 @@ def _parts(union: Union, tile: Tile, max_seqlen_k: int, dense_len: int | None, q
     """Return into how many parts tiles are cut, so that there is work for the whole device."""
     total_q = q.shape[0]
     items = -(-total_q // tile.tokens) * tile.kv_heads
-    wanted = -(-BLOCKS_AT_ONCE * _multiprocessors(q.device) // max(items, 1))
+    wanted = -(-BLOCKS_AT_ONCE * multiprocessors(q.device) // max(items, 1))
     dense = num_blocks(min(max_seqlen_k, max(dense_len or 0, 0)), tile.piece)
     most = max(union.capacity - 1, dense)  # pieces of a tile
     return max(1, min(wanted, -(-most // LEAST_PIECES), MOST_PARTS))
@@ -243,7 +243,7 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a device has."""
     return _count_multiprocessors(device) if device.type == "cuda" else WITHOUT_GPU
 

@@ -91,10 +91,14 @@ def shared_bytes(dim: int) -> int:
     return (ROWS + 2 * STAGES[dim] * PIECE) * dim * 2 + 4 * 8 * STAGES[dim]
 
 
-def tensor_map(x: Tensor) -> np.void:
-    """Describe `[rows, heads, D]` to the copy engine, in boxes of 64 rows and 64 channels.
+def tensor_map(x: Tensor, box: tuple[int, int] = (PIECE, 1)) -> np.void:
+    """Describe `[rows, heads, D]` to the copy engine, in boxes of 64 channels.
 
-    What lies behind the last row is read as 0.
+    What lies outside is read as 0.
+
+    Args:
+        x: begins at a multiple of 16 bytes, as do all its lines.
+        box: rows and heads of a box.
 
     Raises:
         RuntimeError: the driver does not take it.
@@ -111,7 +115,7 @@ def tensor_map(x: Tensor) -> np.void:
         ctypes.c_void_p(x.data_ptr()),
         (ctypes.c_uint64 * 3)(dim, heads, rows),
         (ctypes.c_uint64 * 2)(*(_stride(x, axis) * item for axis in (1, 0))),
-        (ctypes.c_uint32 * 3)(_PANEL, 1, PIECE),
+        (ctypes.c_uint32 * 3)(_PANEL, box[1], box[0]),
         (ctypes.c_uint32 * 3)(1, 1, 1),
         0,
         _SWIZZLE_128,

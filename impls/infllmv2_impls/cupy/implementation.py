@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,7 +99,8 @@ class CupyImplementation:
         """Score windows: `[HK, total_q, C]`, unwritten behind the visible ones."""
         lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_c1, cu_seqlens_c2)
         bounds = (max_seqlen_q, max_seqlen_k)
-        return _score(select.score_windows, q, k_c1, k_c2, *lengths, *bounds, config)
+        stage = partial(select.score_windows, kernels=self.kernels)
+        return _score(stage, q, k_c1, k_c2, *lengths, *bounds, config)
 
     @torch.no_grad()
     def pool_blocks(
@@ -151,7 +152,8 @@ class CupyImplementation:
         """Score the blocks that compete: `[HK, total_q, N]`, anything at others."""
         lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_c1, cu_seqlens_c2)
         bounds = (max_seqlen_q, max_seqlen_k)
-        return _score(select.score_blocks, q, k_c1, k_c2, *lengths, *bounds, config)
+        stage = partial(select.score_blocks, kernels=self.kernels)
+        return _score(stage, q, k_c1, k_c2, *lengths, *bounds, config)
 
     @torch.no_grad()
     def select(
@@ -171,7 +173,8 @@ class CupyImplementation:
         """Score, pool and select, in scratch memory of a bounded size: int32 `[HK, total_q, K]`."""
         lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_c1, cu_seqlens_c2)
         bounds = (max_seqlen_q, max_seqlen_k)
-        return _score(select.select, q, k_c1, k_c2, *lengths, *bounds, config)
+        stage = partial(select.select, kernels=self.kernels)
+        return _score(stage, q, k_c1, k_c2, *lengths, *bounds, config)
 
     @torch.no_grad()
     def attend(
@@ -330,7 +333,7 @@ def _score(
     return stage(q, c1, c2, bounds, _always_sparse(config))
 
 
-@functools.lru_cache
+@lru_cache
 def _always_sparse(config: SparseConfig) -> SparseConfig:
     """Return a config for a stage alone, which works on dense sequences as well."""
     return replace(config, dense_len=-1)

@@ -14,8 +14,8 @@ from .lse import LOG2_E
 from .tuning import ScoreTile, num_parts, padded_group
 
 
-def can_pool(config: SparseConfig, tile: ScoreTile) -> bool:
-    """Say whether blocks can be pooled from tiles of scores, before these are stored.
+def can_pool(config: SparseConfig, windows: int) -> bool:
+    """Say whether blocks can be pooled from tiles of so many windows, before scores are stored.
 
     Windows must lie alike in all blocks, those that reach into a block begin in the one before, and
     one warp must have the blocks of a tile if any do.
@@ -27,13 +27,13 @@ def can_pool(config: SparseConfig, tile: ScoreTile) -> bool:
     extra = c.kernel_size // c.kernel_stride - 1
     return (
         per & (per - 1) == 0
-        and per <= tile.windows
+        and per <= windows
         and extra <= per
-        and (extra == 0 or tile.windows // per <= 32)
+        and (extra == 0 or windows // per <= 32)
     )
 
 
-def _competing_are_visible(config: SparseConfig) -> bool:
+def competing_are_visible(config: SparseConfig) -> bool:
     """Say whether a block that competes lies so far back that all its windows have ended."""
     reach = config.kernel_size - config.kernel_stride  # at most so far behind the block
     return reach - 1 <= (config.local_blocks - 1) * config.block_size
@@ -81,7 +81,7 @@ def write_scores(
             ("STRIDE", windows.stride),
             ("BLOCK", config.block_size),
             ("POOLED", int(pooled)),
-            ("ALL_VISIBLE", int(pooled and _competing_are_visible(config))),
+            ("ALL_VISIBLE", int(pooled and competing_are_visible(config))),
             ("BY_SLOT", int(lines.by_slot)),
             ("HEADS", tile.heads),
             ("TOKEN_GROUPS", tile.token_groups),

@@ -39,7 +39,7 @@ def attention(
             k_c2, ends_c2 = compress_keys(keys, cu_seqlens_k, *sizes)
         queries = q if selection_q is None else selection_q
         windows = (k_c1, k_c2, ends_c1, ends_c2)
-        selected = _select(queries, *windows, *lengths, config)
+        selected = _select(queries, *windows, *lengths, config, kernels)
     else:
         selected = _nothing(q, k.shape[1], config)
     return *_attend(q, k, v, selected, *lengths, config, kernels), selected
@@ -59,7 +59,8 @@ def decode(
     if config.is_sparse(cache.capacity):
         queries = q if selection_q is None else selection_q
         starts = (cache.window_starts(cache.k_c1), cache.window_starts(cache.k_c2))
-        selected = _select(queries, cache.k_c1, cache.k_c2, *starts, *lengths, config)
+        windows = (cache.k_c1, cache.k_c2, *starts)
+        selected = _select(queries, *windows, *lengths, config, kernels)
     else:
         selected = _nothing(q, cache.keys.shape[1], config)
     return *_attend(q, cache.keys, cache.values, selected, *lengths, config, kernels), selected
@@ -76,10 +77,12 @@ def _select(
     max_seqlen_q: int,
     max_seqlen_k: int,
     config: SparseConfig,
+    kernels: Kernels,
 ) -> Tensor:
     c1 = Windows(k_c1, ends_c1, config.kernel_size, config.kernel_stride)
     c2 = Windows(k_c2, ends_c2, config.lse_kernel_size, config.lse_kernel_stride)
-    return select(q, c1, c2, Lengths(ends_q, ends_k, max_seqlen_q, max_seqlen_k), config)
+    lengths = Lengths(ends_q, ends_k, max_seqlen_q, max_seqlen_k)
+    return select(q, c1, c2, lengths, config, kernels)
 
 
 def _nothing(q: Tensor, num_kv_heads: int, config: SparseConfig) -> Tensor:
