@@ -19,9 +19,11 @@ namespace emulator {
 constexpr int WARPS = MOST_THREADS / 32;
 constexpr int GROUP_WARPS = 4;
 constexpr int MOST_REGISTERS = 65536;         // of a block
+constexpr int LEAST_REGISTERS = 24;           // of a thread
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // that a barrier counts, and arrivals
 constexpr uint64_t MARK = 0x7261626d00000000;  // what an initialised barrier holds, and its place
-constexpr uint32_t POISON = 0x7fc5a5a5;        // a NaN: in registers that a product will write
+constexpr uint32_t POISON = 0x7fa5a5a5;        // in registers that a product will write: a NaN that
+                                               // arithmetic changes
 constexpr uint32_t LINE = 128;                 // bytes of a row, swizzled
 constexpr uint32_t ATOM = 1024;                // bytes of 8 rows, after which the swizzle repeats
 
@@ -188,6 +190,9 @@ inline void copy_box(void* to, const uint64_t* words, int x, int y, int z, const
 
 inline void land(const BoxCopy& copy) {
     const Map& map = copy.map;
+    for (uint32_t at = copy.to; at < copy.to + copy.bytes; ++at) {
+        if (shared_memory[at] != 0xff) fail("byte %u was stored while a copy was on its way to it", at);
+    }
     const int64_t dims[3] = {int64_t(map.dims[0]), int64_t(map.dims[1]), int64_t(map.dims[2])};
     const int64_t first = std::max<int64_t>(0, -copy.at[0]);
     const int64_t end = std::min<int64_t>(map.box[0], dims[0] - copy.at[0]);
@@ -539,15 +544,14 @@ inline void products_done(const float (&d)[N]) {
 
 // ---- registers ----
 
-// What a thread has at first: as much as so many threads can have, which a compiler may not need.
-inline int first_registers() { return std::min(MOST_REGISTERS / num_threads, 255) / 8 * 8; }
-
 inline void set_registers(int registers, bool more) {
     by_warp(more ? "take_registers" : "give_registers", [&](ProductsOfWarp& mine) {
-        const int before = mine.registers ? mine.registers : first_registers();
+        const int before = mine.registers;  // 0 at first, as the compiler decides
         if (num_threads % (32 * GROUP_WARPS)) fail("registers move between groups of four warps");
-        if (registers % 8 || registers < 24 || registers > 256) fail("a thread cannot have %d registers", registers);
-        if (more ? registers < before : registers > before) {
+        if (registers % 8 || registers < LEAST_REGISTERS || registers > 256) {
+            fail("a thread cannot have %d registers", registers);
+        }
+        if (before && (more ? registers < before : registers > before)) {
             fail("%d registers are asked for where there were %d", registers, before);
         }
         mine.registers = registers;
@@ -562,7 +566,7 @@ inline void check_registers() {
         if (registers != products_of_warp[warp / GROUP_WARPS * GROUP_WARPS].registers) {
             fail("warps of a group take or give different numbers of registers");
         }
-        total += 32 * (registers ? registers : first_registers());
+        total += 32 * (registers ? registers : LEAST_REGISTERS);
     }
     if (total > MOST_REGISTERS) fail("threads ask for %d registers, of %d", total, MOST_REGISTERS);
 }
