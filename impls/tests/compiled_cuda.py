@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllmv2_impls.cupy import CupyImplementation, attend_hopper, launch
+from infllmv2_impls.cupy import (
+    CupyImplementation,
+    attend_hopper,
+    launch,
+    lse_hopper,
+    score_hopper,
+)
 from infllmv2_impls.cupy.compiling import Kernel, compile_kernel, import_cupy
+from infllmv2_impls.packing import Windows
 from infllmv2_reference.config import SparseConfig
 
 BUDGETS = Path(__file__).parent / "cupy_budgets.json"
@@ -38,7 +45,7 @@ HOPPER = (
     (torch.bfloat16, 32, 128),
     (torch.float16, 16, 64),
 )
-"""Dtype, group and head dim of the kernel for Hopper GPUs."""
+"""Dtype, group and head dim of the kernels for Hopper GPUs."""
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
 SHARED["sm_90a"] = SHARED["sm_90"]
 """The most shared memory of a block, by architecture."""
@@ -155,15 +162,25 @@ def _stages(
 
 
 def hopper_launches() -> list[Launch]:
-    """Return the launches of the kernel for Hopper GPUs, which only such a device is given."""
-    return [
-        Launch(
-            attend_hopper.kernel(dtype, group, dim),
-            attend_hopper.THREADS,
-            attend_hopper.shared_bytes(dim),
-        )
-        for dtype, group, dim in HOPPER
-    ]
+    """Return the launches of the kernels for Hopper GPUs, which only such a device is given."""
+    config = SparseConfig()
+    kinds = (
+        (config.kernel_size, config.kernel_stride),
+        (config.lse_kernel_size, config.lse_kernel_stride),
+    )
+    found: list[Launch] = []
+    for dtype, group, dim in HOPPER:
+        attend = attend_hopper.kernel(dtype, group, dim)
+        found.append(Launch(attend, attend_hopper.THREADS, attend_hopper.shared_bytes(dim)))
+        for size, stride in kinds:
+            windows = Windows(torch.empty(0), torch.empty(0), size, stride)
+            lse = lse_hopper.kernel(dtype, group, dim, windows, config.block_size)
+            found.append(Launch(lse, lse_hopper.THREADS, lse_hopper.shared_bytes(dim)))
+        shared = score_hopper.shared_bytes(group, dim)
+        for near in (config, replace(config, kernel_size=80, window_size=64, local_override=1)):
+            score = score_hopper.kernel(dtype, group, dim, near, by_slot=near is config)
+            found.append(Launch(score, score_hopper.THREADS, shared))
+    return found
 
 
 def with_budgets(arch: str) -> list[Launch]:

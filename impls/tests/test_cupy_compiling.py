@@ -21,12 +21,12 @@ import compiled_cuda
 from compiled_cuda import (
     ARCHITECTURES,
     BUDGETS,
-    HOPPER,
     MODEL,
     OTHERS,
     SHARED,
     hopper_launches,
     launches,
+    title,
     with_budgets,
 )
 
@@ -81,7 +81,7 @@ def test_kernels_of_other_models_compile(model: tuple[torch.dtype, int, int, int
     assert all(0 < found.registers <= 255 for found in measured.values())
 
 
-@pytest.mark.parametrize("launch", hopper_launches(), ids=[f"{x[1]}-{x[2]}-{x[0]}" for x in HOPPER])
+@pytest.mark.parametrize("launch", hopper_launches(), ids=lambda x: title(x.kernel, "sm_90a"))
 def test_products_overlap_on_hopper(launch: compiled_cuda.Launch, nvrtc: str) -> None:
     log = compiled_cuda.log_of(launch.kernel, "sm_90a")
     assert "Potential Performance Loss" not in log, log

@@ -16,7 +16,7 @@
 
 namespace emulator {
 
-constexpr int WARPS = MOST_THREADS / 32;
+constexpr int MOST_WARPS = MOST_THREADS / 32;
 constexpr int GROUP_WARPS = 4;
 constexpr int MOST_REGISTERS = 65536;         // of a block
 constexpr int LEAST_REGISTERS = 24;           // of a thread
@@ -260,8 +260,8 @@ struct ProductsOfGroup {
     std::deque<Product> products;
 };
 
-inline ProductsOfWarp products_of_warp[WARPS];
-inline ProductsOfGroup products_of_group[WARPS / GROUP_WARPS];
+inline ProductsOfWarp products_of_warp[MOST_WARPS];
+inline ProductsOfGroup products_of_group[MOST_WARPS / GROUP_WARPS];
 
 // Where 16 bytes of a row are, `row` and `chunk` counted from where the descriptor begins.
 struct Descriptor {
