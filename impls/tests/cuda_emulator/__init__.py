@@ -4,7 +4,7 @@ A tensor map of the copy engine holds its numbers as they are, in the order of `
 `hopper_emulator.h`.
 
 `INFLLMV2_EMULATOR_ORDER=-1` runs the threads of a block in the opposite order, which shows many a
-missing barrier.
+missing barrier; any number but 1 and -1 lets them run in a random one.
 """
 
 from __future__ import annotations
