@@ -163,7 +163,7 @@ def test_within_bounds(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -
     assert_same(problem, problem.attend(selected), selected)
 
 
-@pytest.mark.parametrize("order", ["1", "-1"])
+@pytest.mark.parametrize("order", ["1", "-1", "7"])
 @pytest.mark.parametrize("name", HOPPER_PROBLEMS)
 def test_within_bounds_on_hopper(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFLLMV2_EMULATOR_ORDER", order)

@@ -1,8 +1,9 @@
 // What `hopper.cuh` needs, on a CPU: barriers with phases, the copy engine, asynchronous products.
 //
 // All that is asynchronous is as late as it can be. A copy lands when no thread can go on without
-// it, a product at the wait for it; until then its target is NaN. What it reads must be there when
-// it starts and stay as it is until the last warp has waited.
+// it (at a random pace of threads: at any time), a product at the wait for it; until then its
+// target is NaN. What a product reads must be there when it starts and stay as it is until the last
+// warp has waited.
 #pragma once
 
 #include <algorithm>
@@ -87,6 +88,7 @@ inline void phases_expect(uint64_t* barrier, uint32_t bytes, const char* what = 
     phases.bytes += bytes;
     --phases.missing;
     end_phase(place, phases);
+    yield();  // whoever waited may be faster than this thread
 }
 
 inline void phases_arrive(uint64_t* barrier) { phases_expect(barrier, 0, "barrier_arrive"); }
@@ -211,10 +213,11 @@ inline void land(const BoxCopy& copy) {
     }
 }
 
-// Let one copy land, in the opposite order if threads run in it, too.
+// Let one copy land: the oldest, or the latest, or any, as threads run.
 inline bool land_next() {
     if (box_copies.empty()) return false;
     auto next = step > 0 ? box_copies.begin() : box_copies.end() - 1;
+    if (pace) next = box_copies.begin() + draw(int(box_copies.size()));
     const BoxCopy copy = *next;
     box_copies.erase(next);
     land(copy);
