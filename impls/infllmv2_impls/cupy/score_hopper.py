@@ -17,12 +17,13 @@ from .score import can_pool, competing_are_visible
 GROUPS = (8, 16, 32)
 HEAD_DIMS = (64, 128)
 THREADS = 384
-STAGES = 8
-"""Tiles of 64 windows in shared memory."""
 _COLUMNS = 256
 """Queries of a block of threads, one for each head: 128 for each of two groups of warps."""
+_BUFFERS = 2
+"""Sets of queries in shared memory."""
+_TILE = 64
 _PART = 16
-"""Windows of a warp in a tile."""
+"""Windows of a tile, and those of a warp."""
 
 
 def tokens_of_tile(group: int) -> int:
@@ -40,7 +41,7 @@ def takes(q: Tensor, windows: Windows, config: SparseConfig, kernels: Kernels) -
     if (
         kernels == "portable"
         or not suits(q, windows)
-        or not can_pool(config, 64)
+        or not can_pool(config, _TILE)
         or not 2 <= per <= _PART
     ):
         return False
@@ -86,7 +87,7 @@ def write_blocks(
     group = num_heads // num_kv_heads
     launch(
         kernel(q.dtype, group, head_dim, config, by_slot=lines.by_slot),
-        (lines.slots, num_kv_heads, 1),
+        (min(lines.slots * num_kv_heads, multiprocessors(q.device)), 1, 1),
         THREADS,
         shared_bytes(group, head_dim),
         q,
@@ -99,6 +100,8 @@ def write_blocks(
         windows.starts,
         lengths.batch,
         total_q,
+        lines.slots,
+        num_kv_heads,
         dense_len,
         covered,
         config.local_blocks,
@@ -123,15 +126,20 @@ def kernel(
         "BLOCK": config.block_size,
         "ALL_VISIBLE": int(competing_are_visible(config)),
         "BY_SLOT": int(by_slot),
-        "STAGES": STAGES,
+        "STAGES": stages(group, head_dim),
     }
     return Kernel("score_hopper.cu", "score_hopper", tuple(defines.items()), hopper=True)
 
 
+def stages(group: int, head_dim: int) -> int:
+    """Return how many tiles of windows are in shared memory."""
+    return 8 if head_dim == 64 else 4 if group == 8 else 5
+
+
 def shared_bytes(group: int, head_dim: int) -> int:
     """Return the shared memory of a block of threads, as `Shared` of the kernel has it."""
-    tokens = 128 // group
-    tiles = 2 * (_COLUMNS + STAGES * 64) * head_dim
+    tokens, tiles = 128 // group, stages(group, head_dim)
+    operands = 2 * (_BUFFERS * _COLUMNS + tiles * _TILE) * head_dim
     sums = 4 * 8 * tokens * (2 * _PART + 4)
-    others = 4 * (_COLUMNS + 8 * tokens) + 8 * (1 + 2 * STAGES)
-    return -(-(tiles + sums + others) // 1024) * 1024
+    others = 4 * (_COLUMNS + 8 * tokens) + 8 * 2 * (_BUFFERS + tiles)
+    return -(-(operands + sums + others) // 1024) * 1024

@@ -8,8 +8,8 @@
 // Logarithms are to the base 2, with `scale * log2(e)` folded into the logits.
 //
 // Macros: BF16, GROUP (8, 16 or 32), D (64 or 128), SIZE, STRIDE (of the windows), BLOCK, STAGES.
-#include "hopper.cuh"
 #include "packing.cuh"
+#include "rings.cuh"
 
 constexpr int GROUPS = 2;
 constexpr int SETS = 2;
@@ -64,18 +64,6 @@ struct Work {
     }
 };
 
-// A place in a ring, and the parity of its round.
-template <int COUNT>
-struct Place {
-    int at = 0;
-    uint32_t round = 0;
-
-    __device__ __forceinline__ void advance() {
-        at = at + 1 == COUNT ? 0 : at + 1;
-        round ^= at == 0;
-    }
-};
-
 // ---- the thread that loads ----
 
 static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
@@ -104,11 +92,6 @@ static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
 }
 
 // ---- one group of warps ----
-
-static __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
 
 static __device__ __forceinline__ void multiply(float (&acc)[64], const uint8_t* queries,
                                                 const uint8_t* windows) {

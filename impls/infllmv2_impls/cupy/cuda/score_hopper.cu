@@ -4,6 +4,8 @@
 // its own columns, the heads of TOKENS tokens, for good; both walk over the same ring of windows,
 // which one thread fills. 8 columns are the same heads of neighbouring tokens, so a thread sums
 // over heads in registers. While it takes the exponentials of one tile, the next one is multiplied.
+// Blocks of threads stay, and take one set of tokens after another: the thread that loads is ahead
+// of them, by queries as well.
 //
 // The windows are cut into four parts, and a warp walks over one of them, 16 windows in a tile:
 // blocks are pooled within a warp. What the last windows of a part leave to the first block of the
@@ -11,8 +13,8 @@
 //
 // Macros: BF16, GROUP (8, 16 or 32), D (64 or 128), SIZE, STRIDE (of K_C1), BLOCK, ALL_VISIBLE (the
 // windows of blocks that compete have ended for sure), BY_SLOT (see `Lines` of packing.py), STAGES.
-#include "hopper.cuh"
 #include "packing.cuh"
+#include "rings.cuh"
 
 constexpr int GROUPS = 2;
 constexpr int THREADS = 128 * (GROUPS + 1);
@@ -22,7 +24,9 @@ constexpr int BOX = TOKENS < 8 ? TOKENS : 8;      // tokens of one box of querie
 constexpr int SETS = TOKENS / BOX;                // boxes, each with all heads
 constexpr int PANELS = D / 64;
 constexpr int QUERY_PANEL = COLUMNS * 128;        // bytes
+constexpr int QUERY_BYTES = PANELS * QUERY_PANEL;
 constexpr int TILE_BYTES = PANELS * PANEL;        // 64 windows
+constexpr int BUFFERS = 2;                        // of queries
 constexpr int PART = 16;                          // windows of a warp in a tile
 constexpr int PER = BLOCK / STRIDE;               // windows that begin in a block
 constexpr int EXTRA = SIZE / STRIDE - 1;          // windows of the block before that reach into it
@@ -33,43 +37,89 @@ constexpr int SUM_ROW = 2 * PART + 4;
 static_assert(PER <= PART && EXTRA <= PER && PART % PER == 0, "a tile has whole blocks");
 
 struct Shared {
-    alignas(1024) uint8_t queries[GROUPS][PANELS * QUERY_PANEL];
+    alignas(1024) uint8_t queries[BUFFERS][GROUPS][QUERY_BYTES];
     alignas(1024) uint8_t windows[STAGES][TILE_BYTES];
     alignas(16) float sums[GROUPS * 4][TOKENS * SUM_ROW];  // of two tiles, over heads
     float norms[GROUPS][COLUMNS];
     float seams[GROUPS][4][TOKENS];
-    uint64_t queries_full;
+    uint64_t queries_full[BUFFERS];
+    uint64_t queries_empty[BUFFERS];
     uint64_t full[STAGES];
     uint64_t empty[STAGES];
 };
 
-// What a block of threads does: `here` tokens from row `start` on, and `all` windows of each.
+struct Batch {
+    const int* ends_q;
+    const int* ends_k;
+    const int* starts_c;
+    int size, first_slot, slots, kv_heads, dense_len, covered, local;
+};
+
+// What is done at a time: `here` tokens from row `start` on, and `all` windows of each.
 struct Work {
-    int kv_head, start, here, past, all;
+    int kv_head, slot, start, here, past, all;
     int window_row;  // of the sequence's first window
-    int each, steps;  // windows of a part, and its tiles
+    int steps;       // tiles; 0 at the end
+
+    __device__ __forceinline__ int each() const { return steps * PART; }  // windows of a part
+
+    __device__ Work(const Batch& batch, int item) {
+        constexpr int TILE = GROUPS * TOKENS;
+        kv_head = item % batch.kv_heads;
+        slot = batch.slots - 1 - item / batch.kv_heads;  // the longest rows first
+        const Tile at = find_tile(batch.first_slot + slot, batch.ends_q, batch.size, TILE);
+        const int keys = length_of(batch.ends_k, at.sequence);
+        start = at.start + at.first;
+        here = at.rows - at.first < TILE ? at.rows - at.first : TILE;
+        past = keys - at.rows + at.first;  // position of the first token
+        window_row = batch.starts_c[at.sequence];
+        const int last = past + here - 1;
+        const bool is_asked = here > 0 && keys >= batch.dense_len && last / BLOCK >= batch.covered;
+        // Also blocks without a window get their -inf.
+        all = (last / BLOCK - batch.local + 1) * PER;
+        steps = is_asked && all > 0 ? (all + 4 * PART - 1) / (4 * PART) : 0;
+    }
+
+    // The next one of this block of threads from `item` on, which moves behind it.
+    static __device__ Work next(const Batch& batch, int& item) {
+        Work work(batch, item);
+        const int items = batch.slots * batch.kv_heads;
+        while (work.steps == 0 && item + int(gridDim.x) < items)
+            work = Work(batch, item += gridDim.x);
+        if (item >= items) work.steps = 0;
+        item += gridDim.x;
+        return work;
+    }
 };
 
 // ---- the thread that loads ----
 
-static __device__ __forceinline__ void load(Shared& shared, const Work& work,
+static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
                                             const TensorMap* queries, const TensorMap* windows) {
-    barrier_expect(&shared.queries_full, sizeof(shared.queries));
-    for (int i = 0; i < GROUPS * SETS; ++i) {
-        for (int p = 0; p < PANELS; ++p)
-            copy_box(shared.queries[i / SETS] + p * QUERY_PANEL + i % SETS * BOX * GROUP * 128,
-                     queries, p * 64, work.start + i * BOX, work.kv_head * GROUP,
-                     &shared.queries_full);
-    }
-    for (int t = 0; t < work.steps; ++t) {
-        const int stage = t % STAGES;
-        barrier_wait(&shared.empty[stage], ((t / STAGES) & 1) ^ 1);
-        barrier_expect(&shared.full[stage], TILE_BYTES);
-        for (int warp = 0; warp < 4; ++warp) {
+    Place<BUFFERS> buffer;
+    Place<STAGES> stage;
+    int item = blockIdx.x;
+    for (Work work = Work::next(batch, item); work.steps > 0; work = Work::next(batch, item)) {
+        barrier_wait(&shared.queries_empty[buffer.at], buffer.round ^ 1);
+        barrier_expect(&shared.queries_full[buffer.at], GROUPS * QUERY_BYTES);
+        for (int i = 0; i < GROUPS * SETS; ++i) {
             for (int p = 0; p < PANELS; ++p)
-                copy_box(shared.windows[stage] + p * PANEL + warp * PART * 128, windows, p * 64,
-                         work.kv_head, work.window_row + warp * work.each + t * PART,
-                         &shared.full[stage]);
+                copy_box(shared.queries[buffer.at][i / SETS] + p * QUERY_PANEL +
+                             i % SETS * BOX * GROUP * 128,
+                         queries, p * 64, work.start + i * BOX, work.kv_head * GROUP,
+                         &shared.queries_full[buffer.at]);
+        }
+        buffer.advance();
+        for (int t = 0; t < work.steps; ++t) {
+            barrier_wait(&shared.empty[stage.at], stage.round ^ 1);
+            barrier_expect(&shared.full[stage.at], TILE_BYTES);
+            for (int warp = 0; warp < 4; ++warp) {
+                for (int p = 0; p < PANELS; ++p)
+                    copy_box(shared.windows[stage.at] + p * PANEL + warp * PART * 128, windows,
+                             p * 64, work.kv_head, work.window_row + warp * work.each() + t * PART,
+                             &shared.full[stage.at]);
+            }
+            stage.advance();
         }
     }
 }
@@ -82,18 +132,18 @@ static __device__ __forceinline__ float merge(float a, float b) {
     return low == NEGATIVE_INFINITY ? high : high + log2_fast(1.0f + exp2_fast(low - high));
 }
 
-// The LSE of this thread's column, with the opposite sign; -inf without one: score 0.
+// The LSE of this thread's column, put together from parts; -inf without one. Of the first part
+// nothing is asked yet, so that nobody waits for it.
 static __device__ __forceinline__ float load_norm(const float* lse, const Work& work, int group,
                                                   int heads, int parts, int64_t part_stride) {
     const int column = threadIdx.x % COLUMNS;
     const int row = column % (BOX * GROUP);
     const int token = (group * SETS + column / (BOX * GROUP)) * BOX + row % BOX;
-    float norm = NEGATIVE_INFINITY;
-    if (token < work.here) {
-        lse += int64_t(work.start + token) * heads + work.kv_head * GROUP + row / BOX;
-        for (int part = 0; part < parts; ++part) norm = merge(norm, lse[part * part_stride]);
-    }
-    return norm == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : -norm;
+    if (token >= work.here || work.steps == 0) return NEGATIVE_INFINITY;
+    lse += int64_t(work.start + token) * heads + work.kv_head * GROUP + row / BOX;
+    float norm = lse[0];
+    for (int part = 1; part < parts; ++part) norm = merge(norm, lse[part * part_stride]);
+    return norm;
 }
 
 static __device__ __forceinline__ void multiply(float (&acc)[64], const uint8_t* windows,
@@ -168,105 +218,128 @@ struct Pool {
     }
 };
 
-static __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
+struct Scores {
+    float* data;
+    int lines, columns;
+};
 
-static __device__ __forceinline__ void score_windows(Shared& shared, const Work& work, int group,
-                                                     const float* lse, int heads, int lse_parts,
-                                                     int64_t part_stride, float* out, int columns,
-                                                     float scale) {
+struct Normaliser {
+    const float* data;
+    int parts;
+    int64_t stride;  // of a part
+};
+
+static __device__ __forceinline__ void score_windows(Shared& shared, const Batch& batch, int group,
+                                                     Normaliser lse, Scores scores, float scale) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int here = work.here - group * TOKENS, past = work.past + group * TOKENS;
-    shared.norms[group][threadIdx.x % 128] =
-        load_norm(lse, work, group, heads, lse_parts, part_stride);
-    barrier_sync(group + 1, 128);
-    float norms[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) norms[i] = shared.norms[group][i / 2 * 8 + lane % 4 * 2 + i % 2];
-
-    const int begin = warp * work.each, steps = work.steps;
+    const int heads = batch.kv_heads * GROUP, columns = scores.columns;
     float* sums = shared.sums[group * 4 + warp];
-    out += int64_t(group) * TOKENS * columns + begin / PER;
-    Pool pool;
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) pool.before[i] = NEGATIVE_INFINITY;
-    auto pool_pair = [&](int t) {
-        const int c = begin + t * PART;
-        const int end = min(work.each, work.all - begin);
-        pool.pool(sums, out + t * PART / PER, end - t * PART, c, here, past, columns);
-    };
-
-    const uint8_t* queries = shared.queries[group];
-    auto start = [&](float (&acc)[64], int t) {
-        barrier_wait(&shared.full[t % STAGES], (t / STAGES) & 1);
-        products_fence();
-        multiply(acc, shared.windows[t % STAGES], queries);
-        products_commit();
-    };
-    auto finish = [&](float (&acc)[64], int t) {
-        products_done(acc);
-        release(&shared.empty[t % STAGES]);
-    };
-    auto sum = [&](const float (&acc)[64], float* to) {
-        float found[SETS][4];
-        sum_heads(acc, norms, scale, found);
-        __syncwarp();  // what is there was read
-        store(found, to);
-    };
-    float even[64], odd[64];
-    barrier_wait(&shared.queries_full, 0);
-    start(even, 0);
-    int t = 0;
-    // No product is started in a branch: ptxas would put a wait behind every one.
+    Place<BUFFERS> buffer;
+    Place<STAGES> filled, freed;
+    float even[64], odd[64], norms[32];
+    int item = blockIdx.x;
+    Work work = Work::next(batch, item);
+    float norm = load_norm(lse.data, work, group, heads, lse.parts, lse.stride);
 #pragma unroll 1
-    for (; t + 2 < steps; t += 2) {
-        start(odd, t + 1);
-        products_wait<1>();
-        finish(even, t);
-        if (t > 0) pool_pair(t - 2);
-        sum(even, sums);
-        start(even, t + 2);
-        products_wait<1>();
-        finish(odd, t + 1);
-        sum(odd, sums + PART);
-        __syncwarp();
-    }
-    if (t > 0) pool_pair(t - 2);
-    if (t + 1 < steps) {
-        start(odd, t + 1);
-        products_wait<1>();
-        finish(even, t);
-        sum(even, sums);
-        products_wait<0>();
-        finish(odd, t + 1);
-        sum(odd, sums + PART);
-    } else {
-        products_wait<0>();
-        finish(even, t);
-        sum(even, sums);
-    }
-    __syncwarp();
-    pool_pair(t);
+    while (true) {
+        const int steps = __shfl_sync(ALL_LANES, work.steps, 0);  // says that lanes agree
+        if (steps == 0) break;
+        // The opposite sign is a factor less; -inf without an LSE: score 0.
+        shared.norms[group][threadIdx.x % 128] =
+            norm == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : -norm;
+        barrier_sync(group + 1, 128);
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            norms[i] = shared.norms[group][i / 2 * 8 + lane % 4 * 2 + i % 2];
+        const Work next = Work::next(batch, item);
+        norm = load_norm(lse.data, next, group, heads, lse.parts, lse.stride);
 
-    if (EXTRA == 0) return;
-    // The last block of a part that is followed by another one is that of its last step.
-    const int end = steps % 2 == 0 ? BLOCKS : BLOCKS / 2;
+        const int here = work.here - group * TOKENS, past = work.past + group * TOKENS;
+        const int begin = warp * work.each(), end = min(work.each(), work.all - begin);
+        const int64_t line = BY_SLOT ? work.slot * GROUPS * TOKENS : work.start;
+        float* out = scores.data + begin / PER +
+                     (int64_t(work.kv_head) * scores.lines + line + group * TOKENS) * columns;
+        Pool pool;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const int token = (32 * i + lane) / BLOCKS;
-        if (token < TOKENS && lane % BLOCKS == end - 1)
-            shared.seams[group][warp][token] = pool.before[i];
-    }
-    barrier_sync(group + 1, 128);
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const int token = (32 * i + lane) / BLOCKS;
-        if (warp > 0 && lane % BLOCKS == 0 && token < TOKENS && token < here && begin < work.all) {
-            float& first = out[int64_t(token) * columns];  // this thread has written it
-            first = fmaxf(first, shared.seams[group][warp - 1][token]);
+        for (int i = 0; i < ITEMS; ++i) pool.before[i] = NEGATIVE_INFINITY;
+        auto pool_pair = [&](int t) {
+            pool.pool(sums, out + t * PART / PER, end - t * PART, begin + t * PART, here, past,
+                      columns);
+        };
+        auto start = [&](float (&acc)[64]) {
+            barrier_wait(&shared.full[filled.at], filled.round);
+            products_fence();
+            multiply(acc, shared.windows[filled.at], shared.queries[buffer.at][group]);
+            products_commit();
+            filled.advance();
+        };
+        auto finish = [&](float (&acc)[64]) {
+            products_done(acc);
+            release(&shared.empty[freed.at]);
+            freed.advance();
+        };
+        auto sum = [&](const float (&acc)[64], float* to) {
+            float found[SETS][4];
+            sum_heads(acc, norms, scale, found);
+            __syncwarp();  // what is there was read
+            store(found, to);
+        };
+        barrier_wait(&shared.queries_full[buffer.at], buffer.round);
+        start(even);
+        int t = 0;
+        // No product is started in a branch: ptxas would put a wait behind every one.
+#pragma unroll 1
+        for (; t + 2 < steps; t += 2) {
+            start(odd);
+            products_wait<1>();
+            finish(even);
+            if (t > 0) pool_pair(t - 2);
+            sum(even, sums);
+            start(even);
+            products_wait<1>();
+            finish(odd);
+            sum(odd, sums + PART);
+            __syncwarp();
         }
+        if (t > 0) pool_pair(t - 2);
+        if (t + 1 < steps) {
+            start(odd);
+            products_wait<1>();
+            finish(even);
+            sum(even, sums);
+            products_wait<0>();
+            finish(odd);
+            release(&shared.queries_empty[buffer.at]);
+            sum(odd, sums + PART);
+        } else {
+            products_wait<0>();
+            finish(even);
+            release(&shared.queries_empty[buffer.at]);
+            sum(even, sums);
+        }
+        buffer.advance();
+        __syncwarp();
+        pool_pair(t);
+
+        // The last block of a part that is followed by another one is that of its last step.
+        const int last = (steps % 2 == 0 ? BLOCKS : BLOCKS / 2) - 1;
+#pragma unroll
+        for (int i = 0; i < ITEMS && EXTRA > 0; ++i) {
+            const int token = (32 * i + lane) / BLOCKS;
+            if (token < TOKENS && lane % BLOCKS == last)
+                shared.seams[group][warp][token] = pool.before[i];
+        }
+        barrier_sync(group + 1, 128);  // and norms were read
+#pragma unroll
+        for (int i = 0; i < ITEMS && EXTRA > 0; ++i) {
+            const int token = (32 * i + lane) / BLOCKS;
+            const bool exists = token < TOKENS && token < here;
+            if (warp > 0 && exists && lane % BLOCKS == 0 && end > 0) {
+                float& first = out[int64_t(token) * columns];  // this thread has written it
+                first = fmaxf(first, shared.seams[group][warp - 1][token]);
+            }
+        }
+        work = next;
     }
 }
 
@@ -275,28 +348,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  const __grid_constant__ TensorMap windows, const float* __restrict__ lse,
                  float* __restrict__ scores, const int* __restrict__ ends_q,
                  const int* __restrict__ ends_k, const int* __restrict__ starts_c, int batch,
-                 int total_q, int dense_len, int covered, int local, int first_slot, int lines,
-                 int columns, int lse_parts, float scale) {
+                 int total_q, int slots, int kv_heads, int dense_len, int covered, int local,
+                 int first_slot, int lines, int columns, int lse_parts, float scale) {
     DYNAMIC_SHARED(uint8_t, memory);
     if (shared_address(memory) % 1024 != 0) __trap();  // swizzles count from there
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    constexpr int TILE = GROUPS * TOKENS;
-    const int slot = gridDim.x - 1 - blockIdx.x;  // the longest rows first
-    const Tile at = find_tile(first_slot + slot, ends_q, batch, TILE);
-    const int keys = length_of(ends_k, at.sequence);
-    const int here = at.rows - at.first < TILE ? at.rows - at.first : TILE;
-    const int past = keys - at.rows + at.first;  // position of the first token
-    const int last = past + here - 1;
-    // Also blocks without a window get their -inf.
-    const int all = (last / BLOCK - local + 1) * PER;
-    if (here <= 0 || keys < dense_len || last / BLOCK < covered || all <= 0) return;
-
-    const int steps = (all + 4 * PART - 1) / (4 * PART);
-    const int start = at.start + at.first;
-    const Work work = {int(blockIdx.y), start,       here, past, all, starts_c[at.sequence],
-                       steps * PART,    steps};
     if (threadIdx.x == 0) {
-        barrier_init(&shared.queries_full, 1);
+        for (int buffer = 0; buffer < BUFFERS; ++buffer) {
+            barrier_init(&shared.queries_full[buffer], 1);
+            barrier_init(&shared.queries_empty[buffer], GROUPS * 4);
+        }
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1);
             barrier_init(&shared.empty[stage], GROUPS * 4);  // one for each warp that multiplies
@@ -304,15 +365,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         fence_barrier_init();
     }
     __syncthreads();
+    const Batch all = {ends_q, ends_k,   starts_c,  batch,   first_slot,
+                       slots,  kv_heads, dense_len, covered, local};
     const int group = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
     if (group == GROUPS) {
         give_registers<24>();
-        if (threadIdx.x == 128 * GROUPS) load(shared, work, &queries, &windows);
+        if (threadIdx.x == 128 * GROUPS) load(shared, all, &queries, &windows);
     } else {
         take_registers<240>();
-        const int heads = gridDim.y * GROUP;
-        const int64_t line = BY_SLOT ? slot * TILE : start;
-        score_windows(shared, work, group, lse, heads, lse_parts, int64_t(total_q) * heads,
-                      scores + (int64_t(work.kv_head) * lines + line) * columns, columns, scale);
+        score_windows(shared, all, group,
+                      {lse, lse_parts, int64_t(total_q) * kv_heads * GROUP},
+                      {scores, lines, columns}, scale);
     }
 }
