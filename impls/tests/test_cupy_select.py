@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from infllmv2_conformance import bounds
 from infllmv2_conformance.capabilities import Arithmetic
 from infllmv2_conformance.checks import check_values
-from infllmv2_impls.cupy import launch, select, topk, tuning
+from infllmv2_impls.cupy import launch, score_hopper, select, topk, tuning
 from infllmv2_impls.cupy.implementation import CAPABILITIES
 from infllmv2_impls.eager import IMPLEMENTATION as EAGER
 from infllmv2_impls.packing import Lengths, Windows
@@ -56,6 +56,29 @@ CASES = {
     "many-windows": (replace(SMALL, block_size=128, window_size=128, topk=3), 33, 2000, 8, 64),
     "not-pooled": (replace(SMALL, kernel_size=32, kernel_stride=16), 33, 1500, 8, 64),
     "ragged": (replace(SMALL, kernel_size=5, kernel_stride=3), 33, 1500, 4, 32),
+}
+HOPPER = {
+    "model": (MODEL, (40,), (3000,), 16, 128),
+    "exact": (replace(MODEL, lse="exact"), (20,), (2000,), 16, 64),
+    "packed": (MODEL, (5, 0, 33, 17), (1100, 30, 2111, 17), 16, 64),
+    "small-blocks": (SMALL, (70, 3), (900, 333), 8, 64),
+    "two-heads-beside": (MODEL, (9, 12), (900, 1333), 32, 64),
+    "a-block-a-tile": (
+        replace(MODEL, block_size=128, kernel_size=16, kernel_stride=8, topk=3),
+        (35,),
+        (2500,),
+        8,
+        128,
+    ),
+    "no-overlap": (replace(MODEL, kernel_size=16), (35,), (2500,), 16, 64),
+    "more-overlap": (replace(MODEL, kernel_size=64), (35,), (2500,), 16, 64),
+    "not-all-visible": (
+        replace(MODEL, kernel_size=80, window_size=64, local_override=1),
+        (35,),
+        (2500,),
+        16,
+        64,
+    ),
 }
 
 
@@ -116,6 +139,40 @@ def test_scores_and_chunks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(select.select_blocks(blocks, lengths, config), selected, rtol=0, atol=0)
     monkeypatch.setattr(select, "SCRATCH_BYTES", 1)
     assert_close(select.select(q, *kinds, lengths, config), selected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", HOPPER)
+def test_scores_on_hopper(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score blocks within the suite's bounds, and select in chunks what these scores say."""
+    monkeypatch.setattr(launch, "backend", cuda_emulator.Emulator(capability=(9, 0)))
+    config, num_queries, num_keys, group, head_dim = HOPPER[case]
+    dtype = torch.float16 if group < 16 else torch.bfloat16
+    q = torch.randn(sum(num_queries), 2 * group, head_dim).to(dtype)
+    q[0] *= 30
+    k = torch.randn(sum(num_keys), 2, head_dim).to(dtype)
+    ends = cu_seqlens_of(num_queries, "cpu"), cu_seqlens_of(num_keys, "cpu")
+    lengths = Lengths(*ends, max(num_queries), max(num_keys))
+    kinds = (
+        _windows(k, ends[1], config.kernel_size, config.kernel_stride),
+        _windows(k, ends[1], config.lse_kernel_size, config.lse_kernel_stride),
+    )
+    assert score_hopper.takes(q, kinds[0], config, "hopper")
+    blocks = select.score_blocks(q, *kinds, lengths, config, "hopper")
+    for span in spans(*ends):
+        own = [x.means[x.starts[span.sequence] : x.starts[span.sequence + 1]] for x in kinds]
+        score = bounds.scores(q[span.queries], own[0], own[1], span.num_keys, config, ARITHMETIC)
+        must = bounds.block_scores(score, span.num_keys, config)
+        last = torch.arange(span.num_keys - span.num_queries, span.num_keys) // config.block_size
+        columns = torch.arange(must.value.shape[-1])
+        competes = columns <= (last - config.local_blocks)[:, None]
+        found = blocks[:, span.queries, : len(columns)]
+        found = found.where(competes, must.value.float())  # anything at others
+        check_values("a block's score is wrong", found, must, span, "blocks", lambda _: None)
+    selected = select.select(q, *kinds, lengths, config, "hopper")
+    assert_close(select.select_blocks(blocks, lengths, config), selected, rtol=0, atol=0)
+    monkeypatch.setattr(select, "SCRATCH_BYTES", 1)
+    chunked = select.select(q, *kinds, lengths, config, "hopper")
+    assert_close(chunked, selected, rtol=0, atol=0)
 
 
 def test_misaligned_tensors_are_copied() -> None:
