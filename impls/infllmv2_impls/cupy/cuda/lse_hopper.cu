@@ -39,6 +39,9 @@ struct Batch {
     const int* ends_k;
     const int* starts_c;
     int size, slots, kv_heads, dense_len, covered;
+
+    __device__ int items() const { return slots * kv_heads; }
+    __device__ int rounds() const { return (items() + gridDim.x - 1) / gridDim.x; }
 };
 
 // A tile of one kv head: `here` tokens from row `start` on, and all windows that they see.
@@ -48,8 +51,10 @@ struct Work {
     int steps;
 
     __device__ Work(const Batch& batch, int item) {
+        const bool exists = item < batch.items();
         kv_head = item % batch.kv_heads;
-        const int slot = batch.slots - 1 - item / batch.kv_heads;  // the longest rows first
+        // The longest rows first.
+        const int slot = exists ? batch.slots - 1 - item / batch.kv_heads : 0;
         const Tile at = find_tile(slot, batch.ends_q, batch.size, TOKENS);
         const int keys = length_of(batch.ends_k, at.sequence);
         start = at.start + at.first;
@@ -57,7 +62,8 @@ struct Work {
         past = keys - at.rows + at.first;  // position of the first token
         window_row = batch.starts_c[at.sequence];
         const int last = past + here - 1;
-        const bool is_asked = here > 0 && keys >= batch.dense_len && last / BLOCK >= batch.covered;
+        const bool is_asked = exists && here > 0 && keys >= batch.dense_len &&
+                              last / BLOCK >= batch.covered;
         // Without a window there is one step as well: it writes -inf.
         const int count = num_windows(last + 1, SIZE, STRIDE);
         steps = is_asked ? (count > 0 ? (count + WINDOWS - 1) / WINDOWS : 1) : 0;
@@ -70,9 +76,8 @@ static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
                                             const TensorMap* queries, const TensorMap* windows) {
     Place<BUFFERS> buffer;
     Place<STAGES> stage;
-    const int items = batch.slots * batch.kv_heads;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const Work work(batch, item);
+    for (int round = 0; round < batch.rounds(); ++round) {
+        const Work work(batch, item_of(round));
         if (work.steps == 0) continue;
         barrier_wait(&shared.queries_empty[buffer.at], buffer.round ^ 1);
         barrier_expect(&shared.queries_full[buffer.at], PANELS * QUERY_PANEL);
@@ -176,10 +181,9 @@ static __device__ __forceinline__ void sum_windows(Shared& shared, const Batch& 
     Place<BUFFERS> buffer;
     Place<STAGES> stage;
     float first[64], second[64];  // logits of the two sets
-    const int items = batch.slots * batch.kv_heads;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const Work work(batch, item);
+    for (int round = 0; round < batch.rounds(); ++round) {
+        const Work work(batch, item_of(round));
         const int steps = __shfl_sync(ALL_LANES, work.steps, 0);
         if (steps == 0) continue;
         const int whole = num_windows(work.past + 1, SIZE, STRIDE);  // visible to all tokens

@@ -1,5 +1,5 @@
-// Rings of buffers in shared memory, between a thread that loads and warps that multiply, for Hopper
-// GPUs.
+// For kernels on Hopper GPUs whose blocks of threads stay: which items a block takes, and rings of
+// buffers in shared memory, between a thread that loads and warps that multiply.
 #pragma once
 
 #include "hopper.cuh"
@@ -21,4 +21,11 @@ struct Place {
 static __device__ __forceinline__ void release(uint64_t* barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+// The item that this block of threads takes in a round. The first items are the longest: blocks take
+// turns in who has the longer one.
+static __device__ __forceinline__ int item_of(int round) {
+    const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    return round * gridDim.x + place;
 }

@@ -53,6 +53,9 @@ struct Batch {
     const int* ends_k;
     const int* starts_c;
     int size, first_slot, slots, kv_heads, dense_len, covered, local;
+
+    __device__ int items() const { return slots * kv_heads; }
+    __device__ int rounds() const { return (items() + gridDim.x - 1) / gridDim.x; }
 };
 
 // What is done at a time: `here` tokens from row `start` on, and `all` windows of each.
@@ -65,8 +68,9 @@ struct Work {
 
     __device__ Work(const Batch& batch, int item) {
         constexpr int TILE = GROUPS * TOKENS;
+        const bool exists = item < batch.items();
         kv_head = item % batch.kv_heads;
-        slot = batch.slots - 1 - item / batch.kv_heads;  // the longest rows first
+        slot = exists ? batch.slots - 1 - item / batch.kv_heads : 0;  // the longest rows first
         const Tile at = find_tile(batch.first_slot + slot, batch.ends_q, batch.size, TILE);
         const int keys = length_of(batch.ends_k, at.sequence);
         start = at.start + at.first;
@@ -74,20 +78,17 @@ struct Work {
         past = keys - at.rows + at.first;  // position of the first token
         window_row = batch.starts_c[at.sequence];
         const int last = past + here - 1;
-        const bool is_asked = here > 0 && keys >= batch.dense_len && last / BLOCK >= batch.covered;
+        const bool is_asked = exists && here > 0 && keys >= batch.dense_len &&
+                              last / BLOCK >= batch.covered;
         // Also blocks without a window get their -inf.
         all = (last / BLOCK - batch.local + 1) * PER;
         steps = is_asked && all > 0 ? (all + 4 * PART - 1) / (4 * PART) : 0;
     }
 
-    // The next one of this block of threads from `item` on, which moves behind it.
-    static __device__ Work next(const Batch& batch, int& item) {
-        Work work(batch, item);
-        const int items = batch.slots * batch.kv_heads;
-        while (work.steps == 0 && item + int(gridDim.x) < items)
-            work = Work(batch, item += gridDim.x);
-        if (item >= items) work.steps = 0;
-        item += gridDim.x;
+    // The next one of this block of threads from a round on, which moves behind it.
+    static __device__ Work next(const Batch& batch, int& round) {
+        Work work(batch, item_of(round++));
+        while (work.steps == 0 && round < batch.rounds()) work = Work(batch, item_of(round++));
         return work;
     }
 };
@@ -98,8 +99,8 @@ static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
                                             const TensorMap* queries, const TensorMap* windows) {
     Place<BUFFERS> buffer;
     Place<STAGES> stage;
-    int item = blockIdx.x;
-    for (Work work = Work::next(batch, item); work.steps > 0; work = Work::next(batch, item)) {
+    int round = 0;
+    for (Work work = Work::next(batch, round); work.steps > 0; work = Work::next(batch, round)) {
         barrier_wait(&shared.queries_empty[buffer.at], buffer.round ^ 1);
         barrier_expect(&shared.queries_full[buffer.at], GROUPS * QUERY_BYTES);
         for (int i = 0; i < GROUPS * SETS; ++i) {
@@ -237,8 +238,8 @@ static __device__ __forceinline__ void score_windows(Shared& shared, const Batch
     Place<BUFFERS> buffer;
     Place<STAGES> filled, freed;
     float even[64], odd[64], norms[32];
-    int item = blockIdx.x;
-    Work work = Work::next(batch, item);
+    int round = 0;
+    Work work = Work::next(batch, round);
     float norm = load_norm(lse.data, work, group, heads, lse.parts, lse.stride);
 #pragma unroll 1
     while (true) {
@@ -251,7 +252,7 @@ static __device__ __forceinline__ void score_windows(Shared& shared, const Batch
 #pragma unroll
         for (int i = 0; i < 32; ++i)
             norms[i] = shared.norms[group][i / 2 * 8 + lane % 4 * 2 + i % 2];
-        const Work next = Work::next(batch, item);
+        const Work next = Work::next(batch, round);
         norm = load_norm(lse.data, next, group, heads, lse.parts, lse.stride);
 
         const int here = work.here - group * TOKENS, past = work.past + group * TOKENS;
