@@ -21,6 +21,8 @@ STAGES = {64: 8, 128: 5}
 """Pieces in shared memory, by head dim."""
 LOG2_E = 1.4426950408889634
 
+_ALIGNMENT = 1024
+"""Bytes; of the kernel's shared memory, and so of its size."""
 _MAP = np.dtype([("words", np.uint64, (16,))])
 _PANEL = 64
 """Channels of one box of the copy engine: 128 bytes, the width of its swizzle."""
@@ -84,13 +86,16 @@ def kernel(dtype: torch.dtype, group: int, dim: int) -> Kernel:
         "GROUP": group,
         "D": dim,
         "STAGES": STAGES[dim],
+        "SHARED_BYTES": shared_bytes(dim),
     }
     return Kernel("attend_hopper.cu", "attend_hopper", tuple(defines.items()), hopper=True)
 
 
 def shared_bytes(dim: int) -> int:
-    """Return the shared memory of a block of threads: queries, two rings, and their barriers."""
-    return (ROWS + 2 * STAGES[dim] * PIECE) * dim * 2 + 4 * 8 * STAGES[dim]
+    """Return the shared memory of a block of threads, the size of its `Shared`."""
+    tiles = (ROWS + 2 * STAGES[dim] * PIECE) * dim * 2  # queries, keys and values
+    rings = 2 * (2 * 8 * STAGES[dim] + 8)
+    return -(-(tiles + rings) // _ALIGNMENT) * _ALIGNMENT
 
 
 def tensor_map(x: Tensor) -> np.void:
