@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import Kernel, launch
+from .launch import Kernel, capability, encode_tensor_map, launch
 from .union import Union
 
 PIECE = 64
@@ -33,8 +32,7 @@ _SWIZZLE_128, _PROMOTE_L2_128 = 3, 2  # CUtensorMapSwizzle, CUtensorMapL2promoti
 def suits(q: Tensor, k: Tensor, block_size: int) -> bool:
     """Say whether the kernel takes queries `[total_q, HQ, D]` and keys `[total_k, HK, D]`."""
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        capability(q.device) == (9, 0)
         and len(q) > 0
         and len(k) > 0
         and q.shape[2] in STAGES
@@ -111,7 +109,7 @@ def tensor_map(x: Tensor) -> np.void:
     words = np.zeros(16 + 8, dtype=np.uint64)
     skip = -words.ctypes.data % 64 // 8  # the driver wants an aligned one
     words = words[skip : skip + 16]
-    status = _encoder()(
+    status = encode_tensor_map(
         ctypes.c_void_p(words.ctypes.data),
         _BFLOAT16 if x.dtype == torch.bfloat16 else _FLOAT16,
         3,
@@ -136,9 +134,3 @@ def tensor_map(x: Tensor) -> np.void:
 def _stride(x: Tensor, axis: int) -> int:
     """Return a stride; that of an axis of one element may be anything, so a legal one."""
     return x.stride(axis) if x.shape[axis] > 1 else x.shape[2]
-
-
-@functools.cache
-def _encoder() -> ctypes._NamedFuncPointer:  # pyright: ignore[reportPrivateUsage]
-    """Return the driver's function that encodes a description."""
-    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled

@@ -18,7 +18,7 @@ from . import attend as attend_stage
 from . import compress, select, whole
 from .cache import CupyCache
 from .compiling import architecture
-from .launch import check_runs_here, check_runs_on
+from .launch import capability, check_runs_here, check_runs_on
 from .rows import unit_stride
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -313,7 +313,7 @@ class CupyHopper(CupyImplementation):
 
     def __init__(self) -> None:
         super().__init__()
-        architecture(torch.cuda.get_device_capability(), hopper=True)
+        architecture(capability(), hopper=True)
 
 
 def _score(

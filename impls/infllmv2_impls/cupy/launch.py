@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +12,15 @@ from torch import Tensor
 
 from .compiling import Kernel, architecture, cubin_file, import_cupy
 
-__all__ = ["Kernel", "backend", "check_runs_here", "check_runs_on", "launch"]
+__all__ = [
+    "Kernel",
+    "backend",
+    "capability",
+    "check_runs_here",
+    "check_runs_on",
+    "encode_tensor_map",
+    "launch",
+]
 
 Grid = tuple[int, int, int]
 Argument = Tensor | bool | int | float | np.generic | None
@@ -25,6 +35,14 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise RuntimeError unless kernels can run here."""
+        ...
+
+    def capability(self, device: torch.device | None) -> tuple[int, int]:
+        """Return the compute capability of a device, or of the current one."""
+        ...
+
+    def encode_tensor_map(self, *arguments: Any) -> int:
+        """Describe a tensor to the copy engine, as the driver's `cuTensorMapEncodeTiled` does."""
         ...
 
     def run(
@@ -55,6 +73,14 @@ class CupyBackend:
             raise RuntimeError("the CuPy kernels need a CUDA device, and torch finds none")
         architecture(torch.cuda.get_device_capability())
         import_cupy()
+
+    def capability(self, device: torch.device | None) -> tuple[int, int]:
+        """Ask torch."""
+        return torch.cuda.get_device_capability(device)
+
+    def encode_tensor_map(self, *arguments: Any) -> int:
+        """Let the driver do it."""
+        return _driver().cuTensorMapEncodeTiled(*arguments)
 
     def run(
         self,
@@ -87,6 +113,11 @@ class CupyBackend:
             function.max_dynamic_shared_size_bytes = shared_bytes
             self._shared[key] = shared_bytes
         return function
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _check_shared(kernel: Kernel, shared_bytes: int) -> None:
@@ -144,6 +175,16 @@ def launch(
         raise ValueError(f"grid must be at most (2**31 - 1, 65535, 65535), but it is {grid}")
     values = tuple(_value(argument) for argument in arguments)
     backend.run(kernel, grid, threads, shared_bytes, on, values)
+
+
+def capability(device: torch.device | None = None) -> tuple[int, int]:
+    """Return the compute capability of a device, or of the current one."""
+    return backend.capability(device)
+
+
+def encode_tensor_map(*arguments: Any) -> int:
+    """Describe a tensor to the copy engine, as the driver's `cuTensorMapEncodeTiled` does."""
+    return backend.encode_tensor_map(*arguments)
 
 
 def check_runs_here() -> None:

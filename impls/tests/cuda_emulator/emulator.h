@@ -62,7 +62,7 @@ struct Copy {
     const void* from;  // null for zeros
 };
 
-enum class State { RUNNABLE, IN_WARP, AT_BARRIER, DONE };
+enum class State { RUNNABLE, IN_WARP, AT_BARRIER, AT_PHASE, AT_NUMBER, DONE };
 
 struct Fiber {
     void* stack_pointer;
@@ -90,9 +90,19 @@ struct Barrier {
     int all, any, count;
 };
 
+// What hopper_emulator.h adds to a block of threads.
+struct Asynchronous {
+    void (*begin)();      // before a block
+    bool (*advance)();    // when no thread can run: finish something, or return false
+    void (*explain)();    // nothing is left to finish: fail if a thread waits for it
+    void (*leave)();      // a thread returns
+    void (*end)();        // all have returned
+};
+
 inline Fiber fibers[MOST_THREADS];
 inline std::vector<Collective> collectives[MOST_THREADS / 32];
 inline Barrier barriers[BARRIERS];
+inline Asynchronous asynchronous{};
 inline Fiber* current = nullptr;
 inline int num_threads = 0, num_done = 0, step = 1;
 inline uint3 block_index;
@@ -149,21 +159,25 @@ inline void* dynamic_shared() { return shared_memory; }
 // Go on with the next fiber that can run, or with the host.
 inline void yield() {
     Fiber* me = current;
-    for (int i = 1; i <= num_threads; ++i) {
-        int next = me->index + step * i;
-        next += next < 0 ? num_threads : 0;
-        next -= next >= num_threads ? num_threads : 0;
-        if (fibers[next].state == State::RUNNABLE) {
-            if (&fibers[next] == me) return;
-            current = &fibers[next];
-            emulator_switch(&me->stack_pointer, current->stack_pointer);
-            return;
+    do {
+        for (int i = 1; i <= num_threads; ++i) {
+            int next = me->index + step * i;
+            next += next < 0 ? num_threads : 0;
+            next -= next >= num_threads ? num_threads : 0;
+            if (fibers[next].state == State::RUNNABLE) {
+                if (&fibers[next] == me) return;
+                current = &fibers[next];
+                emulator_switch(&me->stack_pointer, current->stack_pointer);
+                return;
+            }
         }
-    }
+    } while (num_done < num_threads && asynchronous.advance && asynchronous.advance());
     if (num_done == num_threads) {
+        if (asynchronous.end) asynchronous.end();
         void* abandoned;
         emulator_switch(&abandoned, scheduler);
     }
+    if (asynchronous.explain) asynchronous.explain();
     for (int i = 0; i < num_threads; ++i) {
         if (fibers[i].state == State::IN_WARP) {
             current = &fibers[i];
@@ -187,6 +201,7 @@ inline void fiber_main() {
     bool pending = !current->open.empty();
     for (const auto& group : current->groups) pending |= !group.empty();
     if (pending) fail("returns without having waited for its asynchronous copies");
+    if (asynchronous.leave) asynchronous.leave();
     current->state = State::DONE;
     ++num_done;
     yield();
@@ -263,6 +278,13 @@ inline int barrier_sync(int id, int threads, int predicate = 0) {
         yield();
     }
     return me->reduced;
+}
+
+// Return an address in dynamic shared memory, which begins at 0 here.
+inline uint32_t shared_offset(const void* shared) {
+    auto offset = static_cast<const unsigned char*>(shared) - shared_memory;
+    if (offset < 0 || size_t(offset) >= shared_bytes) fail("%p is not in dynamic shared memory", shared);
+    return uint32_t(offset);
 }
 
 inline void check_aligned(const char* what, const void* pointer, size_t to) {
@@ -415,19 +437,32 @@ inline unsigned ballot(const char* what, unsigned mask, bool predicate) {
     return reduce(what, mask, bit, [](unsigned a, unsigned b) { return a | b; });
 }
 
-inline char kind(bool pointer, bool floating, size_t bytes) {
-    return pointer ? 'p' : floating ? (bytes == 4 ? 'f' : '?') : bytes == 4 ? 'i' : bytes == 8 ? 'l' : '?';
+// A letter for the type of an argument; `t` is a tensor map of the copy engine, passed by value.
+template <class A>
+constexpr char kind() {
+    if (std::is_pointer_v<A>) return 'p';
+    if (std::is_class_v<A>) return sizeof(A) == 128 ? 't' : '?';
+    if (std::is_floating_point_v<A>) return sizeof(A) == 4 ? 'f' : '?';
+    return sizeof(A) == 4 ? 'i' : sizeof(A) == 8 ? 'l' : '?';
 }
 
 template <class... A>
 inline void signature_of(void (*)(A...), char* out) {
-    char kinds[] = {kind(std::is_pointer_v<A>, std::is_floating_point_v<A>, sizeof(A))..., 0};
+    char kinds[] = {kind<A>()..., 0};
     memcpy(out, kinds, sizeof(kinds));
+}
+
+// The host aligns structures less than they ask for.
+template <class A>
+inline A argument(const void* value) {
+    A argument;
+    memcpy(&argument, value, sizeof(argument));
+    return argument;
 }
 
 template <class... A, size_t... I>
 inline void call(void (*kernel)(A...), void** values, std::index_sequence<I...>) {
-    kernel(*static_cast<std::remove_cv_t<A>*>(values[I])...);
+    kernel(argument<std::remove_cv_t<A>>(values[I])...);
 }
 
 template <class... A>
@@ -468,6 +503,7 @@ inline void run_block() {
     num_done = 0;
     for (int i = 0; i < num_threads; ++i) start_fiber(i);
     for (auto& pending : collectives) pending.clear();
+    if (asynchronous.begin) asynchronous.begin();
     current = &fibers[step > 0 ? 0 : num_threads - 1];
     emulator_switch(&scheduler, current->stack_pointer);
     current = nullptr;

@@ -1,5 +1,6 @@
 // What the host calls: INFLLMV2_FILE is compiled as it is, INFLLMV2_KERNEL is launched.
 #include "emulator.h"
+#include "hopper_emulator.h"
 
 // In a namespace of their own, inline functions may have shared memory, too: it lies in one section.
 namespace {

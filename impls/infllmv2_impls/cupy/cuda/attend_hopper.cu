@@ -158,7 +158,7 @@ struct Reader {
     int begun = 0;  // what is known of `ring.begun`
 
     __device__ __forceinline__ void wait(const Step& step) {
-        while (begun <= step.index) begun = read_published(&ring.begun);
+        if (begun <= step.index) begun = wait_published(&ring.begun, step.index + 1);
         barrier_wait(&ring.full[step.stage], step.parity);
     }
 
@@ -279,13 +279,6 @@ struct Softmax {
 static __device__ __forceinline__ void multiply(float (&acc)[D / 2], const float (&share)[2]) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) acc[i] *= share[(i / 2) % 2];
-}
-
-// Copy a register, here and not earlier.
-static __device__ __forceinline__ uint32_t moved(uint32_t from) {
-    uint32_t to;
-    asm volatile("mov.b32 %0, %1;" : "=r"(to) : "r"(from) : "memory");
-    return to;
 }
 
 // ---- one group of warps ----

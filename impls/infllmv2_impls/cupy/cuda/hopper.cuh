@@ -1,7 +1,91 @@
 // What Hopper's tensor cores and copy engine take: barriers, descriptors, asynchronous products.
+// With INFLLMV2_EMULATED the same functions come from an emulator, as in `primitives.cuh`.
 #pragma once
 
 #include "primitives.cuh"
+#ifdef INFLLMV2_EMULATED
+#include "hopper_emulator.h"
+#endif
+
+// What the copy engine needs to know of a tensor; the host has it written.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+// ---- matrices in shared memory ----
+//
+// They have rows of 128 bytes, 64 channels, in the copy engine's swizzle; the next 64 channels are
+// `64 rows * 128 bytes` further. Base addresses are multiples of 1024.
+
+constexpr uint32_t PANEL = 64 * 128;  // bytes of 64 rows and 64 channels
+
+// A descriptor has 64 bits. The upper half is the same for all: the distance of 8 rows, 1024 bytes,
+// and the swizzle. The lower half, an *operand* here, has the address in units of 16 bytes: adding
+// moves along.
+
+constexpr uint32_t DESCRIPTOR = (1u << 30) | (1024 >> 4);
+
+// Rows along M or N, channels along K.
+static __device__ __forceinline__ uint32_t rows_operand(const uint8_t* tile) {
+    return (1u << 16) | ((shared_address(tile) & 0x3FFFF) >> 4);
+}
+
+// Rows along K, channels along N; 64 channels are a panel apart.
+static __device__ __forceinline__ uint32_t columns_operand(const uint8_t* tile) {
+    return ((PANEL >> 4) << 16) | ((shared_address(tile) & 0x3FFFF) >> 4);
+}
+
+#ifdef INFLLMV2_EMULATED
+
+inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::phases_init(barrier, arrivals); }
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) { emulator::phases_expect(barrier, bytes); }
+inline void barrier_arrive(uint64_t* barrier, uint32_t arrivals = 1) { emulator::phases_arrive(barrier, arrivals); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emulator::phases_wait(barrier, parity); }
+inline void fence_barrier_init() { emulator::fence_barrier_init(); }
+inline void publish(int* at, int number) { emulator::publish(at, number); }
+inline int wait_published(const int* at, int least) { return emulator::wait_published(at, least); }
+inline void fence_async_shared() { emulator::fence_async_shared(); }
+
+inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
+    emulator::copy_box(to, map->words, x, y, z, barrier);
+}
+
+inline void products_fence() { emulator::products_fence(); }
+inline void products_commit() { emulator::products_commit(); }
+
+template <int LEFT>
+inline void products_wait() {
+    emulator::products_wait<BF16>(LEFT);
+}
+
+template <int N>
+inline void products_done(float (&d)[N]) {
+    emulator::products_done(d);
+}
+
+template <int N>
+inline void product_rows(float (&d)[N], uint32_t a, uint32_t b, bool add) {
+    emulator::product<BF16>(d, uint64_t(DESCRIPTOR) << 32 | a, nullptr, uint64_t(DESCRIPTOR) << 32 | b, add);
+}
+
+template <int N>
+inline void product_columns(float (&d)[N], const uint32_t* a, uint32_t b) {
+    emulator::product<BF16>(d, 0, a, uint64_t(DESCRIPTOR) << 32 | b, true);
+}
+
+inline uint32_t moved(uint32_t from) { return from; }
+
+template <int REGISTERS>
+inline void take_registers() {
+    emulator::set_registers(REGISTERS, true);
+}
+
+template <int REGISTERS>
+inline void give_registers() {
+    emulator::set_registers(REGISTERS, false);
+}
+
+#else
 
 // ---- barriers in shared memory ----
 
@@ -47,12 +131,15 @@ static __device__ __forceinline__ void publish(int* at, int number) {
                  : "memory");
 }
 
-static __device__ __forceinline__ int read_published(const int* at) {
+// Wait until it is at least so large; return what it is.
+static __device__ __forceinline__ int wait_published(const int* at, int least) {
     int number;
-    asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];"
-                 : "=r"(number)
-                 : "r"(shared_address(at))
-                 : "memory");
+    do {
+        asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];"
+                     : "=r"(number)
+                     : "r"(shared_address(at))
+                     : "memory");
+    } while (number < least);
     return number;
 }
 
@@ -62,10 +149,6 @@ static __device__ __forceinline__ void fence_async_shared() {
 }
 
 // ---- the copy engine ----
-
-struct alignas(64) TensorMap {
-    uint64_t words[16];
-};
 
 static __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, int y, int z,
                                                 uint64_t* barrier) {
@@ -77,27 +160,6 @@ static __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, 
 }
 
 // ---- products of a group of four warps ----
-//
-// Matrices in shared memory have rows of 128 bytes, 64 channels, in the copy engine's swizzle; the
-// next 64 channels are `64 rows * 128 bytes` further. Base addresses are multiples of 1024.
-
-constexpr uint32_t PANEL = 64 * 128;  // bytes of 64 rows and 64 channels
-
-// A descriptor is 64 bits, of which the upper half is the same for all: the distance of 8 rows,
-// 1024 bytes, and the swizzle. The lower half, an *operand* here, has the address in units of 16
-// bytes: adding moves along.
-
-constexpr uint32_t DESCRIPTOR = (1u << 30) | (1024 >> 4);
-
-// Rows along M or N, channels along K.
-static __device__ __forceinline__ uint32_t rows_operand(const uint8_t* tile) {
-    return (1u << 16) | ((shared_address(tile) & 0x3FFFF) >> 4);
-}
-
-// Rows along K, channels along N; 64 channels are a panel apart.
-static __device__ __forceinline__ uint32_t columns_operand(const uint8_t* tile) {
-    return ((PANEL >> 4) << 16) | ((shared_address(tile) & 0x3FFFF) >> 4);
-}
 
 static __device__ __forceinline__ void products_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -116,6 +178,13 @@ template <int N>
 static __device__ __forceinline__ void products_done(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Copy a register here and not earlier: operands of a product under way may not change.
+static __device__ __forceinline__ uint32_t moved(uint32_t from) {
+    uint32_t to;
+    asm volatile("mov.b32 %0, %1;" : "=r"(to) : "r"(from) : "memory");
+    return to;
 }
 
 #if BF16
@@ -191,3 +260,5 @@ template <int REGISTERS>
 static __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+
+#endif

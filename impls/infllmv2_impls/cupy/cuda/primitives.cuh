@@ -56,6 +56,8 @@ inline uint32_t pack2(float lo, float hi) {
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 
+inline uint32_t shared_address(const void* shared) { return emulator::shared_offset(shared); }
+
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::mma_16x8x16<BF16>(d, a, b);
 }
