@@ -46,17 +46,19 @@ def tokens_of_tile(group: int) -> int:
     return ROWS // group
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union) -> tuple[Tensor, Tensor]:
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, union: Union, multiprocessors: int
+) -> tuple[Tensor, Tensor]:
     """Attend the pieces of every tile: `out` `[total_q, HQ, D]` and `lse` `[total_q, HQ]`.
 
-    Rows of `q`, `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
+    There are as many blocks of threads as multiprocessors, if there are so many tiles. Rows of `q`, `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
     """
     total_q, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
     launch(
         kernel(q.dtype, heads // k.shape[1], dim),
-        (union.num_tiles, k.shape[1], 1),
+        (min(union.num_tiles * k.shape[1], multiprocessors), 1, 1),
         THREADS,
         shared_bytes(dim),
         q,
@@ -71,6 +73,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union) -> tuple[Tensor,
         union.members,
         *(np.int64(stride) for stride in q.stride()[:2]),
         union.num_tiles,
+        k.shape[1],
         union.capacity,
         dim**-0.5 * LOG2_E,
     )

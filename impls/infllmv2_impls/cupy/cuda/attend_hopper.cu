@@ -6,6 +6,9 @@
 // loader releases those on its behalf. While a group's weights of one piece are multiplied with the
 // values, it takes the exponentials of the next one.
 //
+// A block of threads takes one tile after another, and all its warps go on at their own pace: while
+// a group finishes its tile, others may be at the next one, whose pieces follow in the same rings.
+//
 // Macros: BF16, GROUP (8, 16 or 32), D (64 or 128), STAGES, SHARED_BYTES (of dynamic memory).
 
 #include "hopper.cuh"
@@ -23,8 +26,9 @@ constexpr uint32_t TILE_BYTES = PANELS * PANEL;
 constexpr float LOWEST = -3.0e38f;  // finite, so that differences are
 constexpr float MOST = 256.0f;      // that weights of a thread's row may sum up to: see Softmax
 
-// Pieces of keys, or of values, on their way from the loader to the groups: piece i of the list
-// lies in stage i % STAGES, and that stage is full for the (i / STAGES)th time then.
+// Pieces of keys, or of values, on their way from the loader to the groups. Pieces of all tiles of a
+// block of threads are counted on: piece i lies in stage i % STAGES, and that stage is full for the
+// (i / STAGES)th time then.
 struct Ring {
     uint64_t full[STAGES];
     uint64_t empty[STAGES];
@@ -41,22 +45,41 @@ struct Shared {
 
 // One tile of one kv head: what `union.cu` says of it.
 struct Tile {
-    int row, base, first, num_keys, key_row;
+    int kv_head, row, base, first, num_keys, key_row;
     bool dense;
     int count;
     const int* pieces;  // unwritten where the tile is dense
     const int* members;
+    int before;  // pieces of the tiles that this block of threads took before
 };
 
-static __device__ __forceinline__ Tile read_tile(const int* tiles, const int* counts,
-                                                 const int* pieces, const int* members,
-                                                 int num_tiles, int capacity) {
-    const int* record = tiles + int64_t(blockIdx.x) * FIELDS;
-    const int item = blockIdx.y * num_tiles + blockIdx.x;
-    const int64_t line = int64_t(item) * capacity;
-    return {record[0],      record[1],    record[2],     record[3],     record[4],
-            record[5] != 0, counts[item], pieces + line, members + line};
-}
+// The tiles of all kv heads, of which every block of threads takes some.
+struct Tiles {
+    const int* records;
+    const int* counts;
+    const int* pieces;
+    const int* members;
+    int num_tiles, kv_heads, capacity;
+
+    // Run for each tile of this block of threads: they are dealt out in turn, the longest first.
+    template <class Body>
+    __device__ __forceinline__ void for_own(Body body) const {
+        int before = 0;
+        const int items = num_tiles * kv_heads;
+        for (int item = blockIdx.x; item < items; item += gridDim.x) {
+            const int kv_head = item / num_tiles;
+            const int index = num_tiles - 1 - item % num_tiles;
+            const int* record = records + int64_t(index) * FIELDS;
+            const int at = kv_head * num_tiles + index;
+            const int64_t line = int64_t(at) * capacity;
+            const Tile tile = {kv_head,    record[0],      record[1],  record[2],
+                               record[3],  record[4],      record[5] != 0, counts[at],
+                               pieces + line, members + line, before};
+            body(tile);
+            before += tile.count;
+        }
+    }
+};
 
 // ---- which pieces a group attends ----
 
@@ -74,8 +97,8 @@ static __device__ __forceinline__ uint32_t members_of(const Tile& tile, int own)
     return bits;
 }
 
-// A piece that a group attends: its place in the list, where that lies in the rings, and which of
-// the group's tokens attend it.
+// A piece that a group attends: its number, where it lies in the rings, and which of the group's
+// tokens attend it.
 struct Step {
     int index;
     int stage;
@@ -101,15 +124,17 @@ struct Walk {
         left = __ballot_sync(ALL_LANES, bits != 0);
     }
 
-    // Return the next piece that some token of the group attends; behind the last one, `count`.
+    // Return the next piece that some token of the group attends; after the last one, `end()`.
     __device__ __forceinline__ Step next() {
         while (left == 0 && begin + 32 < tile.count) read(begin + 32);
         const int lane = left ? __ffs(left) - 1 : 0;
-        const int index = left ? begin + lane : tile.count;
+        const int index = left ? tile.before + begin + lane : end();
         left &= left - 1;
         return {index, index % STAGES, uint32_t(index / STAGES) & 1,
                 __shfl_sync(ALL_LANES, bits, lane)};
     }
+
+    __device__ __forceinline__ int end() const { return tile.before + tile.count; }
 };
 
 // ---- a warp that loads ----
@@ -129,17 +154,18 @@ static __device__ __forceinline__ void load_pieces(Ring& ring, uint8_t (*stages)
                 absent += (members >> (group * TOKENS)) & EVERY ? 0 : WARPS;
         }
         const int end = min(32, tile.count - begin);
+#pragma unroll 1
         for (int j = 0; j < end; ++j) {
             const int row = tile.key_row + __shfl_sync(ALL_LANES, piece, j) * PIECE;
             const int others = __shfl_sync(ALL_LANES, absent, j);
-            const int i = begin + j;
+            const int i = tile.before + begin + j;
             const int stage = i % STAGES;
             if (lane == 0) {
                 barrier_wait(&ring.empty[stage], ((i / STAGES) & 1) ^ 1);
                 if (others) barrier_arrive(&ring.empty[stage], others);
                 barrier_expect(&ring.full[stage], TILE_BYTES);
                 for (int p = 0; p < PANELS; ++p)
-                    copy_box(stages[stage] + p * PANEL, map, p * 64, blockIdx.y, row,
+                    copy_box(stages[stage] + p * PANEL, map, p * 64, tile.kv_head, row,
                              &ring.full[stage]);
                 publish(&ring.begun, i + 1);
             }
@@ -288,14 +314,16 @@ struct Output {
     float* lse;
 };
 
-static __device__ __forceinline__ void attend_rows(Shared& shared, const Tile& tile, int group,
-                                                   const half_t* q, Output to, int64_t q_row_stride,
+static __device__ __forceinline__ void attend_rows(Shared& shared, Reader& keys, Reader& values,
+                                                   const Tile& tile, int group, const half_t* q,
+                                                   Output to, int64_t q_row_stride,
                                                    int64_t q_head_stride, int heads, float scale) {
     const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
     const int shift = group * TOKENS;
     const int base = tile.base + shift;  // position of the group's first token
     uint8_t* queries = shared.queries[group];
 
+    barrier_sync(group + 1, 128);  // all warps are done with the queries of the tile before
     // Rows of queries, swizzled as the copy engine does: 16 bytes at a time.
     for (int i = thread; i < ROWS * D / 8; i += 128) {
         const int row = i / (D / 8), chunk = i % (D / 8);
@@ -303,7 +331,7 @@ static __device__ __forceinline__ void attend_rows(Shared& shared, const Tile& t
         uint4 chunk_of_row = make_uint4(0, 0, 0, 0);
         if (position >= tile.first && position < tile.num_keys) {
             const int64_t at = int64_t(tile.row + shift + token) * q_row_stride +
-                               (blockIdx.y * GROUP + row % GROUP) * q_head_stride + chunk * 8;
+                               (tile.kv_head * GROUP + row % GROUP) * q_head_stride + chunk * 8;
             chunk_of_row = *reinterpret_cast<const uint4*>(q + at);
         }
         const int place = (chunk / 8) * PANEL + row * 128 + (((chunk % 8) ^ (row % 8)) * 16);
@@ -322,15 +350,15 @@ static __device__ __forceinline__ void attend_rows(Shared& shared, const Tile& t
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) acc[i] = 0.0f;
 
-    Reader keys{shared.ring_of_keys}, values{shared.ring_of_values};
     Walk walk(tile, shift);
     Step step = walk.next();
-    if (step.index < tile.count) {
+    if (step.index < walk.end()) {
         // The latest piece: it may hold keys after a query, or end behind the sequence.
         Step next = walk.next();
         keys.wait(step);
         start_logits(logits, queries, shared.keys[step.stage]);
-        const int piece = tile.dense ? tile.count - 1 - step.index : tile.pieces[step.index];
+        const int own = step.index - tile.before;
+        const int piece = tile.dense ? tile.count - 1 - own : tile.pieces[own];
         products_wait<0>();
         products_done(logits);
         keys.release(step);
@@ -356,7 +384,7 @@ static __device__ __forceinline__ void attend_rows(Shared& shared, const Tile& t
         bool member[2] = {bool((step.bits >> token[0]) & 1), bool((step.bits >> token[1]) & 1)};
         softmax.raise(logits, member, scale, weights, share);  // nothing was summed up before
 
-        while (next.index < tile.count) {
+        while (next.index < walk.end()) {
             uint32_t fresh[16];  // what products under way read may not change, or they are serialised
             bool raised;
             Step after;
@@ -413,7 +441,7 @@ static __device__ __forceinline__ void attend_rows(Shared& shared, const Tile& t
         const int position = base + token[h];
         if (position < tile.first || position >= tile.num_keys) continue;
         const float share = total > 0.0f ? 1.0f / total : 1.0f;
-        const int64_t at = int64_t(tile.row + shift + token[h]) * heads + blockIdx.y * GROUP +
+        const int64_t at = int64_t(tile.row + shift + token[h]) * heads + tile.kv_head * GROUP +
                            (row + 8 * h) % GROUP;
         if (lane % 4 == 0)
             to.lse[at] =
@@ -430,13 +458,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                   const half_t* __restrict__ q, half_t* __restrict__ out, float* __restrict__ lse,
                   const int* __restrict__ tiles, const int* __restrict__ counts,
                   const int* __restrict__ pieces, const int* __restrict__ members,
-                  int64_t q_row_stride, int64_t q_head_stride, int num_tiles, int capacity,
-                  float scale) {
+                  int64_t q_row_stride, int64_t q_head_stride, int num_tiles, int kv_heads,
+                  int capacity, float scale) {
     DYNAMIC_SHARED(uint8_t, memory);
     static_assert(sizeof(Shared) <= SHARED_BYTES, "the host asks for as much as `Shared` needs");
     if (shared_address(memory) % 1024 != 0) __trap();  // swizzles count from there
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Tile tile = read_tile(tiles, counts, pieces, members, num_tiles, capacity);
     if (threadIdx.x == 0) {
         Ring* const rings[] = {&shared.ring_of_keys, &shared.ring_of_values};
         for (Ring* ring : rings) {
@@ -449,15 +476,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         fence_barrier_init();
     }
     __syncthreads();
+    const Tiles own = {tiles, counts, pieces, members, num_tiles, kv_heads, capacity};
     const int group = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
     if (group == GROUPS) {
-        give_registers<24>();
+        give_registers<32>();
         const int warp = threadIdx.x / 32 - WARPS * GROUPS;
-        if (warp == 0) load_pieces(shared.ring_of_keys, shared.keys, tile, &keys);
-        if (warp == 1) load_pieces(shared.ring_of_values, shared.values, tile, &values);
+        if (warp == 0) {
+            own.for_own([&](const Tile& tile) {
+                load_pieces(shared.ring_of_keys, shared.keys, tile, &keys);
+            });
+        } else if (warp == 1) {
+            own.for_own([&](const Tile& tile) {
+                load_pieces(shared.ring_of_values, shared.values, tile, &values);
+            });
+        }
     } else {
         take_registers<160>();
-        attend_rows(shared, tile, group, q, {out, lse}, q_row_stride, q_head_stride,
-                    gridDim.y * GROUP, scale);
+        Reader of_keys{shared.ring_of_keys}, of_values{shared.ring_of_values};
+        own.for_own([&](const Tile& tile) {
+            attend_rows(shared, of_keys, of_values, tile, group, q, {out, lse}, q_row_stride,
+                        q_head_stride, kv_heads * GROUP, scale);
+        });
     }
 }
