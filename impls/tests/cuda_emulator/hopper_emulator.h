@@ -1,9 +1,9 @@
 // What `hopper.cuh` needs, on a CPU: barriers with phases, the copy engine, asynchronous products.
 //
 // All that is asynchronous is as late as it can be. A copy lands when no thread can go on without
-// it (at a random pace of threads: at any time), a product at the wait for it; until then its
-// target is NaN. What a product reads must be there when it starts and stay as it is until the last
-// warp has waited.
+// it (at a random pace of threads: at any time). A product ends at the wait for it, and there a warp
+// stalls until no other thread can go on, either. Until then targets are NaN. What a product reads
+// must be there when it starts and stay as it is until the last warp has waited.
 #pragma once
 
 #include <algorithm>
@@ -520,8 +520,18 @@ inline void products_commit() {
     by_warp("products_commit", [](ProductsOfWarp& mine) { mine.groups.push_back(mine.issued); });
 }
 
+inline std::vector<int> stalled;  // warps, the latest last
+
 template <bool BF>
 inline void products_wait(int left) {
+    const ProductsOfWarp& own = products_of_warp[current->warp];
+    if (own.issued != own.waited) {
+        if (std::find(stalled.begin(), stalled.end(), current->warp) == stalled.end()) {
+            stalled.push_back(current->warp);
+        }
+        current->state = State::STALLED;
+        yield();
+    }
     by_warp("products_wait", [&](ProductsOfWarp& mine) {
         ProductsOfGroup& group = products_of_group[current->warp / GROUP_WARPS];
         while (int(mine.groups.size()) > left) {
@@ -544,6 +554,20 @@ inline void products_done(const float (&d)[N]) {
         if (accumulator.lanes[current->lane] == d) fail("products_done without a wait for the products");
     }
 }
+
+// Let the latest warp go on, so that others wait as long as they can; or any at a random pace.
+inline bool wake_next() {
+    if (stalled.empty()) return false;
+    const size_t at = pace ? draw(int(stalled.size())) : stalled.size() - 1;
+    Fiber* lanes = fibers + 32 * stalled[at];
+    stalled.erase(stalled.begin() + at);
+    for (int lane = 0; lane < 32; ++lane) {
+        if (lanes[lane].state == State::STALLED) lanes[lane].state = State::RUNNABLE;
+    }
+    return true;
+}
+
+inline bool advance() { return land_next() || wake_next(); }
 
 // ---- registers ----
 
@@ -579,6 +603,7 @@ inline void check_registers() {
 inline void begin_asynchronous() {
     all_phases.clear();
     box_copies.clear();
+    stalled.clear();
     for (auto& warp : products_of_warp) warp = {};
     for (auto& group : products_of_group) group = {};
     fence_async_shared();
@@ -598,6 +623,6 @@ inline void check_ended() {
 }
 
 inline const bool installed =
-    (asynchronous = {begin_asynchronous, land_next, explain_phases, check_leaving, check_ended}, true);
+    (asynchronous = {begin_asynchronous, advance, explain_phases, check_leaving, check_ended}, true);
 
 }  // namespace emulator
