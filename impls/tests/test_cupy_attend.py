@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ if not cuda_emulator.is_available():
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "backend", cuda_emulator.Emulator())
+    monkeypatch.setattr(launch, "backend", cuda_emulator.Emulator(capability=(9, 0)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ class Problem:
         shape = self.kv_heads, len(rows[0]), width
         return torch.tensor(padded, dtype=torch.int32).reshape(shape)
 
-    def attend(self, selected: Tensor, *qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, selected: Tensor, *qkv: Tensor, kernels: stage.Kernels = "portable"
+    ) -> tuple[Tensor, Tensor]:
         q, k, v = qkv or self.draw()
         return stage.attend(
             q=q,
@@ -99,6 +101,7 @@ class Problem:
             **self.lengths,
             block_size=self.block_size,
             dense_len=self.dense_len,
+            kernels=kernels,
         )
 
 
@@ -111,6 +114,15 @@ PROBLEMS = {
     "two warps of a token": Problem(((5, 90),), group=32, head_dim=64, block_size=64),
     "bfloat16": Problem(((7, 90),), group=16, head_dim=64, dtype=torch.bfloat16),
     "nothing to attend with": Problem(((0, 5),)),
+}
+
+HOPPER_PROBLEMS = {
+    "history": Problem(((5, 300), (0, 9), (20, 90), (1, 1)), head_dim=128, block_size=64),
+    "blocks of two pieces": Problem(((70, 70), (7, 200)), 2, head_dim=64, block_size=128),
+    "8 heads": Problem(((30, 260),), 1, 8, 64, 64, dtype=torch.bfloat16),
+    "32 heads": Problem(((9, 200), (2, 129)), 1, 32, 128, 64, dtype=torch.bfloat16),
+    "more pieces than stages": Problem(((15, 1500), (2, 700)), 1, 16, 128, 64, budget=9),
+    "few pieces far apart": Problem(((24, 3000),), 1, 8, 64, 64, budget=2),
 }
 
 
@@ -151,14 +163,43 @@ def test_within_bounds(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -
     assert_same(problem, problem.attend(selected), selected)
 
 
-def test_short_sequences_attend_everything_whatever_is_selected() -> None:
-    problem = Problem(((5, 70), (9, 9), (1, 33)), dense_len=71)
-    got = problem.attend(torch.full((1, 15, 2), 1 << 30, dtype=torch.int32))
+@pytest.mark.parametrize("order", ["1", "-1", "7"])
+@pytest.mark.parametrize("name", HOPPER_PROBLEMS)
+def test_within_bounds_on_hopper(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFLLMV2_EMULATOR_ORDER", order)
+    problem = HOPPER_PROBLEMS[name]
+    selected = problem.select()
+    assert_same(problem, problem.attend(selected, kernels="hopper"), selected)
+
+
+@pytest.mark.parametrize("order", ["1", "-1", "7"])
+def test_groups_on_hopper_may_be_far_apart(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFLLMV2_EMULATOR_ORDER", order)
+    problem = Problem(((12, 1608),), head_dim=128, block_size=64)  # one tile
+    rows = [[0, 12, 25]] * 4 + [[*range(1, 26, 2)]] * 4 + [[*range(26)]] * 4
+    for first in (0, 4, 8):
+        turned = rows[first:] + rows[:first]
+        selected = torch.tensor([[row + [-1] * (26 - len(row)) for row in turned]])
+        selected = selected.to(torch.int32)
+        assert_same(problem, problem.attend(selected, kernels="hopper"), selected)
+
+
+SMALL = {"portable": Problem(((4, 50), (3, 37)), kv_heads=2)}
+SMALL["hopper"] = Problem(((4, 350), (13, 137)), kv_heads=2, head_dim=64, block_size=64)
+either = pytest.mark.parametrize("kernels", SMALL)
+
+
+@either
+def test_short_sequences_attend_everything_whatever_is_selected(kernels: stage.Kernels) -> None:
+    problem = replace(SMALL[kernels], sequences=((5, 70), (9, 9), (1, 33)), dense_len=71)
+    selected = torch.full((2, 15, 2), 1 << 30, dtype=torch.int32)
+    got = problem.attend(selected, kernels=kernels)
     assert_same(problem, got, problem.select(everything=True))
 
 
-def test_rows_that_nobody_attends_are_not_read() -> None:
-    problem = Problem(((4, 50), (3, 37)), group=4, budget=2)
+@either
+def test_rows_that_nobody_attends_are_not_read(kernels: stage.Kernels) -> None:
+    problem = replace(SMALL[kernels], kv_heads=1, budget=2)
     selected = problem.select()
     q, k, v = problem.draw()
     starts = problem.lengths["cu_seqlens_k"].tolist()
@@ -170,18 +211,30 @@ def test_rows_that_nobody_attends_are_not_read() -> None:
             last = min(first + problem.block_size, starts[i + 1])
             k[first:last] = v[first:last] = float("nan")
     assert k.isnan().any()
-    assert_same(problem, problem.attend(selected, q, k, v), selected)
+    assert_same(problem, problem.attend(selected, q, k, v, kernels=kernels), selected)
 
 
-def test_tensors_may_be_strided_and_begin_anywhere() -> None:
-    problem = Problem(((4, 50), (3, 37)), kv_heads=2)
+@either
+def test_what_lies_behind_a_sequence_has_no_effect(kernels: stage.Kernels) -> None:
+    problem = replace(SMALL[kernels], sequences=SMALL[kernels].sequences[:1])
+    assert problem.sequences[0][1] % problem.block_size
+    selected = problem.select(everything=True)
+    q, k, v = problem.draw()
+    behind = (0, 0, 0, 0, 0, problem.block_size)
+    k, v = (torch.nn.functional.pad(x, behind, value=float("nan")) for x in (k, v))
+    assert_same(problem, problem.attend(selected, q, k, v, kernels=kernels), selected)
+
+
+@either
+def test_tensors_may_be_strided_and_begin_anywhere(kernels: stage.Kernels) -> None:
+    problem = SMALL[kernels]
     selected = problem.select()
     q, k, v = problem.draw()
     k = torch.stack((k, v), 1)[:, 0]
     v = torch.nn.functional.pad(v, (1, 0))[..., 1:]
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     selected = selected.transpose(0, 2).contiguous().transpose(0, 2)
-    assert_same(problem, problem.attend(selected, q, k, v), selected)
+    assert_same(problem, problem.attend(selected, q, k, v, kernels=kernels), selected)
 
 
 def list_pieces(problem: Problem, selected: Tensor, tokens: int, piece: int) -> dict[Any, Any]:

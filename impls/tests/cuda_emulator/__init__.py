@@ -4,7 +4,7 @@ A tensor map of the copy engine holds its numbers as they are, in the order of `
 `hopper_emulator.h`.
 
 `INFLLMV2_EMULATOR_ORDER=-1` runs the threads of a block in the opposite order, which shows many a
-missing barrier.
+missing barrier; any number but 1 and -1 lets them run in a random one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ FLAGS = (
     "-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-w",
     "-fno-strict-aliasing", "-fcf-protection=none", "-fno-ipa-reference", "-fno-stack-protector",
 )  # fmt: skip
-KINDS = {np.dtype(np.uintp): "p", np.dtype(np.int32): "i", np.dtype(np.float32): "f"}
-KINDS |= {np.dtype(np.int64): "l"}
+KINDS: dict[np.dtype[Any], str] = {
+    np.dtype(np.uintp): "p",
+    np.dtype(np.int32): "i",
+    np.dtype(np.int64): "l",
+    np.dtype(np.float32): "f",
+}
 _ITEM_BYTES = {6: 2, 9: 2}
 """Bytes of the CUtensorMapDataType that kernels use: float16 and bfloat16."""
 _MAP_MARK = 0x70616D5F726F736E

@@ -62,7 +62,7 @@ struct Copy {
     const void* from;  // null for zeros
 };
 
-enum class State { RUNNABLE, IN_WARP, AT_BARRIER, AT_PHASE, AT_NUMBER, DONE };
+enum class State { RUNNABLE, IN_WARP, AT_BARRIER, AT_PHASE, AT_NUMBER, STALLED, DONE };
 
 struct Fiber {
     void* stack_pointer;
@@ -105,6 +105,7 @@ inline Barrier barriers[BARRIERS];
 inline Asynchronous asynchronous{};
 inline Fiber* current = nullptr;
 inline int num_threads = 0, num_done = 0, step = 1;
+inline unsigned pace = 0;  // a random state, or 0 for threads that run in order
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
 inline void (*body)() = nullptr;
@@ -156,12 +157,20 @@ inline void* dynamic_shared() { return shared_memory; }
     abort();
 }
 
+// Return a number below `n`; multiplying by 48271 visits all but 0.
+inline int draw(int n) {
+    pace = unsigned(uint64_t(pace) * 48271 % 0x7fffffff);
+    return int(pace % unsigned(n));
+}
+
 // Go on with the next fiber that can run, or with the host.
 inline void yield() {
     Fiber* me = current;
+    if (pace && num_done < num_threads && asynchronous.advance && !draw(4096)) asynchronous.advance();
     do {
+        const int from = pace ? draw(num_threads) : me->index;
         for (int i = 1; i <= num_threads; ++i) {
-            int next = me->index + step * i;
+            int next = from + step * i;
             next += next < 0 ? num_threads : 0;
             next -= next >= num_threads ? num_threads : 0;
             if (fibers[next].state == State::RUNNABLE) {
@@ -522,7 +531,8 @@ inline const char* run(const unsigned* grid, int threads, size_t bytes, int orde
     block_size = {unsigned(threads), 1, 1};
     num_threads = threads;
     shared_bytes = bytes;
-    step = order;
+    step = order < 0 ? -1 : 1;
+    pace = std::abs(order) > 1 ? std::abs(order) : 0;
     failed = false;
     if (threads < 1 || threads > MOST_THREADS) return "a block has 1 to 1024 threads";
     if (bytes > MOST_SHARED) return "a block cannot have so much dynamic shared memory";

@@ -1,8 +1,9 @@
 // What `hopper.cuh` needs, on a CPU: barriers with phases, the copy engine, asynchronous products.
 //
 // All that is asynchronous is as late as it can be. A copy lands when no thread can go on without
-// it, a product at the wait for it; until then its target is NaN. What it reads must be there when
-// it starts and stay as it is until the last warp has waited.
+// it (at a random pace of threads: at any time). A product ends at the wait for it, and there a warp
+// stalls until no other thread can go on, either. Until then targets are NaN. What a product reads
+// must be there when it starts and stay as it is until the last warp has waited.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +20,11 @@ namespace emulator {
 constexpr int WARPS = MOST_THREADS / 32;
 constexpr int GROUP_WARPS = 4;
 constexpr int MOST_REGISTERS = 65536;         // of a block
+constexpr int LEAST_REGISTERS = 24;           // of a thread
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // that a barrier counts, and arrivals
 constexpr uint64_t MARK = 0x7261626d00000000;  // what an initialised barrier holds, and its place
-constexpr uint32_t POISON = 0x7fc5a5a5;        // a NaN: in registers that a product will write
+constexpr uint32_t POISON = 0x7fa5a5a5;        // in registers that a product will write: a NaN that
+                                               // arithmetic changes
 constexpr uint32_t LINE = 128;                 // bytes of a row, swizzled
 constexpr uint32_t ATOM = 1024;                // bytes of 8 rows, after which the swizzle repeats
 
@@ -86,6 +89,7 @@ inline void phases_expect(uint64_t* barrier, uint32_t bytes, const char* what = 
     phases.bytes += bytes;
     phases.missing -= arrivals;
     end_phase(place, phases);
+    yield();  // whoever waited may be faster than this thread
 }
 
 inline void phases_arrive(uint64_t* barrier, int arrivals) {
@@ -228,6 +232,9 @@ inline void copy_box(void* to, const uint64_t* words, int x, int y, int z, const
 
 inline void land(const BoxCopy& copy) {
     const Map& map = copy.map;
+    for (uint32_t at = copy.to; at < copy.to + copy.bytes; ++at) {
+        if (shared_memory[at] != 0xff) fail("byte %u was stored while a copy was on its way to it", at);
+    }
     const int64_t dims[3] = {int64_t(map.dims[0]), int64_t(map.dims[1]), int64_t(map.dims[2])};
     const int64_t first = std::max<int64_t>(0, -copy.at[0]);
     const int64_t end = std::min<int64_t>(map.box[0], dims[0] - copy.at[0]);
@@ -246,10 +253,11 @@ inline void land(const BoxCopy& copy) {
     }
 }
 
-// Let one copy land, in the opposite order if threads run in it, too.
+// Let one copy land: the oldest, or the latest, or any, as threads run.
 inline bool land_next() {
     if (box_copies.empty()) return false;
     auto next = step > 0 ? box_copies.begin() : box_copies.end() - 1;
+    if (pace) next = box_copies.begin() + draw(int(box_copies.size()));
     const BoxCopy copy = *next;
     box_copies.erase(next);
     land(copy);
@@ -552,8 +560,18 @@ inline void products_commit() {
     by_warp("products_commit", [](ProductsOfWarp& mine) { mine.groups.push_back(mine.issued); });
 }
 
+inline std::vector<int> stalled;  // warps, the latest last
+
 template <bool BF>
 inline void products_wait(int left) {
+    const ProductsOfWarp& own = products_of_warp[current->warp];
+    if (own.issued != own.waited) {
+        if (std::find(stalled.begin(), stalled.end(), current->warp) == stalled.end()) {
+            stalled.push_back(current->warp);
+        }
+        current->state = State::STALLED;
+        yield();
+    }
     by_warp("products_wait", [&](ProductsOfWarp& mine) {
         ProductsOfGroup& group = products_of_group[current->warp / GROUP_WARPS];
         while (int(mine.groups.size()) > left) {
@@ -577,17 +595,30 @@ inline void products_done(const float (&d)[N]) {
     }
 }
 
-// ---- registers ----
+// Let the latest warp go on, so that others wait as long as they can; or any at a random pace.
+inline bool wake_next() {
+    if (stalled.empty()) return false;
+    const size_t at = pace ? draw(int(stalled.size())) : stalled.size() - 1;
+    Fiber* lanes = fibers + 32 * stalled[at];
+    stalled.erase(stalled.begin() + at);
+    for (int lane = 0; lane < 32; ++lane) {
+        if (lanes[lane].state == State::STALLED) lanes[lane].state = State::RUNNABLE;
+    }
+    return true;
+}
 
-// What a thread has at first: as much as so many threads can have, which a compiler may not need.
-inline int first_registers() { return std::min(MOST_REGISTERS / num_threads, 255) / 8 * 8; }
+inline bool advance() { return land_next() || wake_next(); }
+
+// ---- registers ----
 
 inline void set_registers(int registers, bool more) {
     by_warp(more ? "take_registers" : "give_registers", [&](ProductsOfWarp& mine) {
-        const int before = mine.registers ? mine.registers : first_registers();
+        const int before = mine.registers;  // 0 at first, as the compiler decides
         if (num_threads % (32 * GROUP_WARPS)) fail("registers move between groups of four warps");
-        if (registers % 8 || registers < 24 || registers > 256) fail("a thread cannot have %d registers", registers);
-        if (more ? registers < before : registers > before) {
+        if (registers % 8 || registers < LEAST_REGISTERS || registers > 256) {
+            fail("a thread cannot have %d registers", registers);
+        }
+        if (before && (more ? registers < before : registers > before)) {
             fail("%d registers are asked for where there were %d", registers, before);
         }
         mine.registers = registers;
@@ -602,7 +633,7 @@ inline void check_registers() {
         if (registers != products_of_warp[warp / GROUP_WARPS * GROUP_WARPS].registers) {
             fail("warps of a group take or give different numbers of registers");
         }
-        total += 32 * (registers ? registers : first_registers());
+        total += 32 * (registers ? registers : LEAST_REGISTERS);
     }
     if (total > MOST_REGISTERS) fail("threads ask for %d registers, of %d", total, MOST_REGISTERS);
 }
@@ -612,6 +643,7 @@ inline void check_registers() {
 inline void begin_asynchronous() {
     all_phases.clear();
     box_copies.clear();
+    stalled.clear();
     for (auto& warp : products_of_warp) warp = {};
     for (auto& group : products_of_group) group = {};
     fence_async_shared();
@@ -631,6 +663,6 @@ inline void check_ended() {
 }
 
 inline const bool installed =
-    (asynchronous = {begin_asynchronous, land_next, explain_phases, check_leaving, check_ended}, true);
+    (asynchronous = {begin_asynchronous, advance, explain_phases, check_leaving, check_ended}, true);
 
 }  // namespace emulator
