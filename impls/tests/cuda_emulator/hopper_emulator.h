@@ -82,7 +82,10 @@ inline void phases_expect(uint64_t* barrier, uint32_t bytes, const char* what = 
     Phases& phases = phases_of(barrier, what);
     const uint32_t place = shared_offset(barrier);
     if (arrivals < 1) fail("%s: %d arrivals", what, arrivals);
-    if (phases.missing < arrivals) fail("%s: all %d arrivals of the mbarrier at byte %u are there", what, phases.count, place);
+    if (phases.missing < arrivals) {
+        fail("%s: %d arrivals, and %d of %d are missing at the mbarrier at byte %u", what, arrivals, phases.missing,
+             phases.count, place);
+    }
     if (!phases.arrived.insert(current->index).second) {
         fail("%s: the thread arrives twice in one phase of the mbarrier at byte %u", what, place);
     }
@@ -133,23 +136,23 @@ inline int wait_published(const int* at, int least) {
     return *at;
 }
 
-inline void explain_numbers() {
-    for (int i = 0; i < num_threads; ++i) {
-        if (fibers[i].state != State::AT_NUMBER) continue;
-        current = &fibers[i];
-        fail("waits for the number at byte %u to be %d, and it is %d", shared_offset(numbers[i].at),
-             numbers[i].least, *numbers[i].at);
-    }
-}
-
 inline void explain_phases() {
-    std::map<std::pair<uint32_t, uint32_t>, int> threads;
+    std::map<std::pair<uint32_t, uint32_t>, int> threads, readers;  // that wait for a phase, a number
+    bool is_first = true;
     for (int i = 0; i < num_threads; ++i) {
-        if (fibers[i].state != State::AT_PHASE) continue;
-        if (threads.empty()) current = &fibers[i];
-        ++threads[{waiting[i].place, waiting[i].parity}];
+        const State state = fibers[i].state;
+        if (state != State::AT_PHASE && state != State::AT_NUMBER) continue;
+        if (std::exchange(is_first, false)) current = &fibers[i];
+        if (state == State::AT_PHASE) ++threads[{waiting[i].place, waiting[i].parity}];
+        if (state == State::AT_NUMBER) ++readers[{shared_offset(numbers[i].at), uint32_t(numbers[i].least)}];
     }
     std::string text;
+    for (const auto& [wait, count] : readers) {
+        char part[120];
+        snprintf(part, sizeof(part), "; number at byte %u: %d threads wait for %d, and it is %d", wait.first, count,
+                 int(wait.second), *reinterpret_cast<const int*>(shared_memory + wait.first));
+        text += part;
+    }
     for (const auto& [wait, count] : threads) {
         const Phases& phases = all_phases.at(wait.first);
         char part[160];
@@ -158,8 +161,7 @@ inline void explain_phases() {
                  static_cast<long long>(phases.bytes));
         text += part;
     }
-    if (!text.empty()) fail("waits for a phase that does not end%s", text.c_str());
-    explain_numbers();
+    if (!text.empty()) fail("waits for what does not come%s", text.c_str());
 }
 
 // ---- what the copy engine and the tensor cores see of shared memory ----
