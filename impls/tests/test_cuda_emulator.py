@@ -145,14 +145,14 @@ FAULTS = (
     ("nothing", ""),
     (
         "is not released",
-        r"byte 8200, parity 0: 1 threads wait, 4 of 4 arrivals and 0 bytes are missing",
+        r"byte 8200, parity 0: 1 threads wait, 4 of 5 arrivals and 0 bytes are missing",
     ),
     ("expects more", r"byte 8192, parity 0: 128 threads wait, 0 of 1 arrivals and 16 bytes are"),
     ("expects less", "and -16 bytes are missing"),
     ("waits for nothing", "no mbarrier was initialised at byte 8192"),
     (
         "waits for the last phase",
-        "waits for a phase that does not end; mbarrier at byte 8192, parity 0",
+        "number at byte 8208: 128 threads wait for 1, and it is 0; mbarrier at byte 8200, parity 0",
     ),
     ("does not wait for the box", "a product reads byte .*, where a copy is still on its way to"),
     ("releases early", "copy_box to byte .*, which a product under way reads"),
@@ -174,6 +174,8 @@ FAULTS = (
     ("runs over", "a field has run over"),
     ("takes too much", "threads ask for 92160 registers, of 65536"),
     ("stores under a copy", "byte 77 was stored while a copy was on its way to it"),
+    ("arrives for too many", "6 arrivals, and 5 of 5 are missing at the mbarrier at byte 8200"),
+    ("does not publish", "number at byte 8208: 128 threads wait for 1, and it is 0"),
     ("reads early", ""),
 )
 

@@ -20,6 +20,8 @@ STAGES = {64: 8, 128: 5}
 """Pieces in shared memory, by head dim."""
 LOG2_E = 1.4426950408889634
 
+_ALIGNMENT = 1024
+"""Bytes; of the kernel's shared memory, and so of its size."""
 _MAP = np.dtype([("words", np.uint64, (16,))])
 _PANEL = 64
 """Channels of one box of the copy engine: 128 bytes, the width of its swizzle."""
@@ -44,17 +46,19 @@ def tokens_of_tile(group: int) -> int:
     return ROWS // group
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union) -> tuple[Tensor, Tensor]:
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, union: Union, multiprocessors: int
+) -> tuple[Tensor, Tensor]:
     """Attend the pieces of every tile: `out` `[total_q, HQ, D]` and `lse` `[total_q, HQ]`.
 
-    Rows of `q`, `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
+    There are as many blocks of threads as multiprocessors, if there are so many tiles. Rows of `q`, `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
     """
     total_q, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
     launch(
         kernel(q.dtype, heads // k.shape[1], dim),
-        (union.num_tiles, k.shape[1], 1),
+        (min(union.num_tiles * k.shape[1], multiprocessors), 1, 1),
         THREADS,
         shared_bytes(dim),
         q,
@@ -69,6 +73,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, union: Union) -> tuple[Tensor,
         union.members,
         *(np.int64(stride) for stride in q.stride()[:2]),
         union.num_tiles,
+        k.shape[1],
         union.capacity,
         dim**-0.5 * LOG2_E,
     )
@@ -82,13 +87,16 @@ def kernel(dtype: torch.dtype, group: int, dim: int) -> Kernel:
         "GROUP": group,
         "D": dim,
         "STAGES": STAGES[dim],
+        "SHARED_BYTES": shared_bytes(dim),
     }
     return Kernel("attend_hopper.cu", "attend_hopper", tuple(defines.items()), hopper=True)
 
 
 def shared_bytes(dim: int) -> int:
-    """Return the shared memory of a block of threads: queries, two rings, and their barriers."""
-    return (ROWS + 2 * STAGES[dim] * PIECE) * dim * 2 + 4 * 8 * STAGES[dim]
+    """Return the shared memory of a block of threads, the size of its `Shared`."""
+    tiles = (ROWS + 2 * STAGES[dim] * PIECE) * dim * 2  # queries, keys and values
+    rings = 2 * (2 * 8 * STAGES[dim] + 8)
+    return -(-(tiles + rings) // _ALIGNMENT) * _ALIGNMENT
 
 
 def tensor_map(x: Tensor, box: tuple[int, int] = (PIECE, 1)) -> np.void:

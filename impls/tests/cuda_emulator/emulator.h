@@ -62,7 +62,7 @@ struct Copy {
     const void* from;  // null for zeros
 };
 
-enum class State { RUNNABLE, IN_WARP, AT_BARRIER, AT_PHASE, DONE };
+enum class State { RUNNABLE, IN_WARP, AT_BARRIER, AT_PHASE, AT_NUMBER, STALLED, DONE };
 
 struct Fiber {
     void* stack_pointer;

@@ -1,9 +1,9 @@
 // What `hopper.cuh` needs, on a CPU: barriers with phases, the copy engine, asynchronous products.
 //
 // All that is asynchronous is as late as it can be. A copy lands when no thread can go on without
-// it (at a random pace of threads: at any time), a product at the wait for it; until then its
-// target is NaN. What a product reads must be there when it starts and stay as it is until the last
-// warp has waited.
+// it (at a random pace of threads: at any time). A product ends at the wait for it, and there a warp
+// stalls until no other thread can go on, either. Until then targets are NaN. What a product reads
+// must be there when it starts and stay as it is until the last warp has waited.
 #pragma once
 
 #include <algorithm>
@@ -78,20 +78,26 @@ inline void end_phase(uint32_t place, Phases& phases) {
     }
 }
 
-inline void phases_expect(uint64_t* barrier, uint32_t bytes, const char* what = "barrier_expect") {
+inline void phases_expect(uint64_t* barrier, uint32_t bytes, const char* what = "barrier_expect", int arrivals = 1) {
     Phases& phases = phases_of(barrier, what);
     const uint32_t place = shared_offset(barrier);
-    if (phases.missing == 0) fail("%s: all %d arrivals of the mbarrier at byte %u are there", what, phases.count, place);
+    if (arrivals < 1) fail("%s: %d arrivals", what, arrivals);
+    if (phases.missing < arrivals) {
+        fail("%s: %d arrivals, and %d of %d are missing at the mbarrier at byte %u", what, arrivals, phases.missing,
+             phases.count, place);
+    }
     if (!phases.arrived.insert(current->index).second) {
         fail("%s: the thread arrives twice in one phase of the mbarrier at byte %u", what, place);
     }
     phases.bytes += bytes;
-    --phases.missing;
+    phases.missing -= arrivals;
     end_phase(place, phases);
     yield();  // whoever waited may be faster than this thread
 }
 
-inline void phases_arrive(uint64_t* barrier) { phases_expect(barrier, 0, "barrier_arrive"); }
+inline void phases_arrive(uint64_t* barrier, int arrivals) {
+    phases_expect(barrier, 0, "barrier_arrive", arrivals);
+}
 
 // A thread that comes to run again after two more phases sees none of them end, as on a device.
 inline void phases_wait(uint64_t* barrier, uint32_t parity) {
@@ -103,14 +109,50 @@ inline void phases_wait(uint64_t* barrier, uint32_t parity) {
     }
 }
 
-inline void explain_phases() {
-    std::map<std::pair<uint32_t, uint32_t>, int> threads;
+// ---- numbers that a thread publishes ----
+
+struct Number {
+    const int* at;
+    int least;
+};
+
+inline Number numbers[MOST_THREADS];  // that threads wait for
+
+inline void publish(int* at, int number) {
+    *at = number;
     for (int i = 0; i < num_threads; ++i) {
-        if (fibers[i].state != State::AT_PHASE) continue;
-        if (threads.empty()) current = &fibers[i];
-        ++threads[{waiting[i].place, waiting[i].parity}];
+        if (fibers[i].state == State::AT_NUMBER && numbers[i].at == at && numbers[i].least <= number) {
+            fibers[i].state = State::RUNNABLE;
+        }
+    }
+}
+
+inline int wait_published(const int* at, int least) {
+    while (*at < least) {
+        numbers[current->index] = {at, least};
+        current->state = State::AT_NUMBER;
+        yield();
+    }
+    return *at;
+}
+
+inline void explain_phases() {
+    std::map<std::pair<uint32_t, uint32_t>, int> threads, readers;  // that wait for a phase, a number
+    bool is_first = true;
+    for (int i = 0; i < num_threads; ++i) {
+        const State state = fibers[i].state;
+        if (state != State::AT_PHASE && state != State::AT_NUMBER) continue;
+        if (std::exchange(is_first, false)) current = &fibers[i];
+        if (state == State::AT_PHASE) ++threads[{waiting[i].place, waiting[i].parity}];
+        if (state == State::AT_NUMBER) ++readers[{shared_offset(numbers[i].at), uint32_t(numbers[i].least)}];
     }
     std::string text;
+    for (const auto& [wait, count] : readers) {
+        char part[120];
+        snprintf(part, sizeof(part), "; number at byte %u: %d threads wait for %d, and it is %d", wait.first, count,
+                 int(wait.second), *reinterpret_cast<const int*>(shared_memory + wait.first));
+        text += part;
+    }
     for (const auto& [wait, count] : threads) {
         const Phases& phases = all_phases.at(wait.first);
         char part[160];
@@ -119,7 +161,7 @@ inline void explain_phases() {
                  static_cast<long long>(phases.bytes));
         text += part;
     }
-    if (!text.empty()) fail("waits for a phase that does not end%s", text.c_str());
+    if (!text.empty()) fail("waits for what does not come%s", text.c_str());
 }
 
 // ---- what the copy engine and the tensor cores see of shared memory ----
@@ -520,8 +562,18 @@ inline void products_commit() {
     by_warp("products_commit", [](ProductsOfWarp& mine) { mine.groups.push_back(mine.issued); });
 }
 
+inline std::vector<int> stalled;  // warps, the latest last
+
 template <bool BF>
 inline void products_wait(int left) {
+    const ProductsOfWarp& own = products_of_warp[current->warp];
+    if (own.issued != own.waited) {
+        if (std::find(stalled.begin(), stalled.end(), current->warp) == stalled.end()) {
+            stalled.push_back(current->warp);
+        }
+        current->state = State::STALLED;
+        yield();
+    }
     by_warp("products_wait", [&](ProductsOfWarp& mine) {
         ProductsOfGroup& group = products_of_group[current->warp / GROUP_WARPS];
         while (int(mine.groups.size()) > left) {
@@ -544,6 +596,20 @@ inline void products_done(const float (&d)[N]) {
         if (accumulator.lanes[current->lane] == d) fail("products_done without a wait for the products");
     }
 }
+
+// Let the latest warp go on, so that others wait as long as they can; or any at a random pace.
+inline bool wake_next() {
+    if (stalled.empty()) return false;
+    const size_t at = pace ? draw(int(stalled.size())) : stalled.size() - 1;
+    Fiber* lanes = fibers + 32 * stalled[at];
+    stalled.erase(stalled.begin() + at);
+    for (int lane = 0; lane < 32; ++lane) {
+        if (lanes[lane].state == State::STALLED) lanes[lane].state = State::RUNNABLE;
+    }
+    return true;
+}
+
+inline bool advance() { return land_next() || wake_next(); }
 
 // ---- registers ----
 
@@ -579,6 +645,7 @@ inline void check_registers() {
 inline void begin_asynchronous() {
     all_phases.clear();
     box_copies.clear();
+    stalled.clear();
     for (auto& warp : products_of_warp) warp = {};
     for (auto& group : products_of_group) group = {};
     fence_async_shared();
@@ -598,6 +665,6 @@ inline void check_ended() {
 }
 
 inline const bool installed =
-    (asynchronous = {begin_asynchronous, land_next, explain_phases, check_leaving, check_ended}, true);
+    (asynchronous = {begin_asynchronous, advance, explain_phases, check_leaving, check_ended}, true);
 
 }  // namespace emulator

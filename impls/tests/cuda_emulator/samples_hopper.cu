@@ -32,9 +32,8 @@ static void multiply_rows(const uint8_t* a, const uint8_t* b, float* out) {
     products_fence();
     for (int k = 0; k < 8; ++k) {
         const int step = k % 4 * 32;
-        product_rows(d, further(rows_descriptor(shared_address(a)), (k / 4 * PANEL + step) >> 4),
-                     further(rows_descriptor(shared_address(b)), (k / 4 * COLUMNS * 128 + step) >> 4),
-                     k > 0);
+        product_rows(d, rows_operand(a) + ((k / 4 * PANEL + step) >> 4),
+                     rows_operand(b) + ((k / 4 * COLUMNS * 128 + step) >> 4), k > 0);
     }
     products_commit();
     products_wait<0>();
@@ -55,7 +54,7 @@ static void multiply_columns(const half_t* a, const uint8_t* b, float* out) {
     for (float& x : d) x = 1.0f;
     products_fence();
     for (int k = 0; k < 4; ++k)
-        product_columns(d, &left[4 * k], further(columns_descriptor(shared_address(b)), (k * 2048) >> 4));
+        product_columns(d, &left[4 * k], columns_operand(b) + ((k * 2048) >> 4));
     products_commit();
     products_wait<0>();
     products_done(d);
@@ -99,7 +98,7 @@ enum Fault {
     DOES_NOT_WAIT_FOR_BOX, RELEASES_EARLY, RELEASES_TWICE, LEAVES_PRODUCT, LEAVES_BOX, DOES_NOT_FENCE_BARRIERS,
     DOES_NOT_FENCE_STORES, DOES_NOT_FENCE_REGISTERS, STORES_BESIDE, TOUCHES_ACCUMULATOR, TOUCHES_OPERAND,
     IS_DONE_EARLY, LACKS_A_WARP, LACKS_A_LANE, DISAGREES, GOES_TO_THE_MIDDLE, BEGINS_IN_THE_MIDDLE, RUNS_OVER,
-    TAKES_TOO_MUCH, STORES_UNDER_A_COPY, READS_EARLY,
+    TAKES_TOO_MUCH, STORES_UNDER_A_COPY, ARRIVES_FOR_TOO_MANY, DOES_NOT_PUBLISH, READS_EARLY,
 };
 
 // One thread loads rounds of 64 rows x into one stage; a group adds up x x^T of them all, each x
@@ -108,10 +107,12 @@ extern "C" __global__ void add_rounds(const __grid_constant__ TensorMap map, flo
                                       int fault) {
     DYNAMIC_SHARED(uint8_t, memory);
     uint64_t *full = reinterpret_cast<uint64_t*>(memory + PANEL), *empty = full + 1;
+    int* begun = reinterpret_cast<int*>(full + 2);
     const int thread = threadIdx.x, lane = thread % 32;
     if (thread == 0) {
         if (fault != WAITS_FOR_NOTHING) barrier_init(full, 1);
-        barrier_init(empty, 4);
+        barrier_init(empty, 5);  // four warps, and the loader for one that there is not
+        *begun = 0;
         if (fault != DOES_NOT_FENCE_BARRIERS) fence_barrier_init();
     }
     __syncthreads();
@@ -120,9 +121,11 @@ extern "C" __global__ void add_rounds(const __grid_constant__ TensorMap map, flo
         if (thread > 128) return;
         for (int i = 0; i < rounds; ++i) {
             barrier_wait(empty, (i & 1) ^ (fault != WAITS_FOR_THE_LAST_PHASE));
+            barrier_arrive(empty, fault == ARRIVES_FOR_TOO_MANY ? 6 : 1);
             barrier_expect(full, PANEL + (fault == EXPECTS_MORE ? 16 : fault == EXPECTS_LESS ? -16 : 0));
             copy_box(memory + (fault == GOES_TO_THE_MIDDLE ? 128 : 0), &map, 0, 0, 64 * i, full);
             if (fault == STORES_UNDER_A_COPY) memory[77] = 1;
+            if (fault != DOES_NOT_PUBLISH) publish(begun, i + 1);
         }
         return;
     }
@@ -131,9 +134,10 @@ extern "C" __global__ void add_rounds(const __grid_constant__ TensorMap map, flo
     for (int i = 0; i < 32; ++i) d[i] = e[i] = 0.0f;
     uint32_t ones[4];
     for (uint32_t& pair : ones) pair = pack2(1.0f, 1.0f);
-    const uint64_t rows = rows_descriptor(shared_address(memory)) + (fault == BEGINS_IN_THE_MIDDLE ? 8 : 0);
+    const uint32_t rows = rows_operand(memory) + (fault == BEGINS_IN_THE_MIDDLE ? 8 : 0);
     for (int i = 0; i < rounds; ++i) {
         if (fault == LEAVES_BOX && i == rounds - 1) break;
+        wait_published(begun, i + 1);
         if (fault != DOES_NOT_WAIT_FOR_BOX) barrier_wait(full, i & 1);
         if (thread < 8) reinterpret_cast<uint4*>(memory)[thread] = make_uint4(0, 0, 0, 0);
         if (fault != DOES_NOT_FENCE_STORES) fence_async_shared();
@@ -148,7 +152,7 @@ extern "C" __global__ void add_rounds(const __grid_constant__ TensorMap map, flo
         }
         products_commit();
         for (int k = 0; k < 4; ++k) {
-            product_columns(e, ones, further(columns_descriptor(shared_address(memory)), k * 128));
+            product_columns(e, ones, columns_operand(memory) + k * 128);
         }
         products_commit();
         if (fault == RELEASES_EARLY && lane == 0) barrier_arrive(empty);

@@ -70,6 +70,19 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "attend.maximum-of-first-block",
+        "attend.values",
+        "The maximum of the first block stays, so that a much larger logit of a later one overflows.",
+        "A running maximum that is raised only now and then, to save the rescaling.",
+        (
+            edit_tiles(STEP, "step = 1"),
+            edit_attend(
+                "top = torch.maximum(a[1], b[1])",
+                "top = torch.where(a[1] == -torch.inf, b[1], a[1])",
+            ),
+        ),
+    ),
+    Mutant(
         "attend.max-before-mask",
         "attend.values",
         "The row's maximum is taken over all loaded tokens, the masked ones included.",
