@@ -91,7 +91,7 @@ def attend(
     if _takes_hopper(q, k, block_size, kernels):
         tokens = attend_hopper.tokens_of_tile(q.shape[1] // k.shape[1])
         union = unite(selected, *lengths, tokens=tokens, piece=attend_hopper.PIECE)
-        return attend_hopper.attend_tiles(q, k, v, union, _multiprocessors(q.device))
+        return attend_hopper.attend_tiles(q, k, v, union, multiprocessors(q.device))
     tile = Tile.of(q, k, max_seqlen_q, block_size)
     union = unite(selected, *lengths, tokens=tile.tokens, piece=tile.piece)
     return _attend_tiles(q, k, v, union, tile, _parts(union, tile, max_seqlen_k, dense_len, q))

@@ -217,22 +217,25 @@ static __device__ __forceinline__ void product_rows(float (&d)[32], uint32_t a, 
 }
 
 // d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T, both in shared memory.
-static __device__ __forceinline__ void product_rows(float (&d)[64], uint64_t a, uint64_t b,
+static __device__ __forceinline__ void product_rows(float (&d)[64], uint32_t a, uint32_t b,
                                                     bool add) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
+        ".reg .b64 a, b;\n"
         "setp.ne.b32 add, %66, 0;\n"
+        "mov.b64 a, {%64, %67};\n"
+        "mov.b64 b, {%65, %67};\n"
         "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES
         " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
         " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
         " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
         " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
-        " %64, %65, add, 1, 1, 0, 0;\n"
+        " a, b, add, 1, 1, 0, 0;\n"
         "}\n"
         : REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24), REGS8(d, 32), REGS8(d, 40),
           REGS8(d, 48), REGS8(d, 56)
-        : "l"(a), "l"(b), "r"(int(add)));
+        : "r"(a), "r"(b), "r"(int(add)), "n"(DESCRIPTOR));
 }
 
 // d[64 x 64] += a[64 x 16] b[16 x 64], a in registers.

@@ -100,12 +100,11 @@ static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
 
 static __device__ __forceinline__ void multiply(float (&acc)[64], const uint8_t* queries,
                                                 const uint8_t* windows) {
-    const uint64_t a = rows_descriptor(shared_address(queries)),
-                   b = rows_descriptor(shared_address(windows));
+    const uint32_t a = rows_operand(queries), b = rows_operand(windows);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        product_rows(acc, further(a, (k / 4 * QUERY_PANEL + k % 4 * 32) >> 4),
-                     further(b, (k / 4 * WINDOW_PANEL + k % 4 * 32) >> 4), k > 0);
+        product_rows(acc, a + ((k / 4 * QUERY_PANEL + k % 4 * 32) >> 4),
+                     b + ((k / 4 * WINDOW_PANEL + k % 4 * 32) >> 4), k > 0);
 }
 
 // What a thread knows of its two rows of a set: a logit that is at most 2**60 below all others in

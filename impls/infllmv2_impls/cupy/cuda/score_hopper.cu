@@ -149,12 +149,11 @@ static __device__ __forceinline__ float load_norm(const float* lse, const Work& 
 
 static __device__ __forceinline__ void multiply(float (&acc)[64], const uint8_t* windows,
                                                 const uint8_t* queries) {
-    const uint64_t a = rows_descriptor(shared_address(windows)),
-                   b = rows_descriptor(shared_address(queries));
+    const uint32_t a = rows_operand(windows), b = rows_operand(queries);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-        product_rows(acc, further(a, (k / 4 * PANEL + k % 4 * 32) >> 4),
-                     further(b, (k / 4 * QUERY_PANEL + k % 4 * 32) >> 4), k > 0);
+        product_rows(acc, a + ((k / 4 * PANEL + k % 4 * 32) >> 4),
+                     b + ((k / 4 * QUERY_PANEL + k % 4 * 32) >> 4), k > 0);
 }
 
 // Sum the shares of a tile over heads, and store them as [TOKENS][SUM_ROW]. A thread has two
