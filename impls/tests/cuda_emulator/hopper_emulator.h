@@ -563,6 +563,7 @@ inline void products_commit() {
 }
 
 inline std::vector<int> stalled;  // warps, the latest last
+inline int slow_warp;
 
 template <bool BF>
 inline void products_wait(int left) {
@@ -597,12 +598,18 @@ inline void products_done(const float (&d)[N]) {
     }
 }
 
-// Let the latest warp go on, so that others wait as long as they can; or any at a random pace.
+// Let a stalled warp go on. One of them is the slow one, until it is the only one.
 inline bool wake_next() {
     if (stalled.empty()) return false;
-    const size_t at = pace ? draw(int(stalled.size())) : stalled.size() - 1;
+    const int count = int(stalled.size());
+    if (std::find(stalled.begin(), stalled.end(), slow_warp) == stalled.end()) {
+        slow_warp = stalled[pace ? draw(count) : step > 0 ? 0 : count - 1];
+    }
+    int at = pace ? draw(count) : count - 1;
+    if (stalled[at] == slow_warp) at = (at + count - 1) % count;
     Fiber* lanes = fibers + 32 * stalled[at];
     stalled.erase(stalled.begin() + at);
+    if (count == 1) slow_warp = -1;
     for (int lane = 0; lane < 32; ++lane) {
         if (lanes[lane].state == State::STALLED) lanes[lane].state = State::RUNNABLE;
     }
@@ -646,6 +653,7 @@ inline void begin_asynchronous() {
     all_phases.clear();
     box_copies.clear();
     stalled.clear();
+    slow_warp = -1;
     for (auto& warp : products_of_warp) warp = {};
     for (auto& group : products_of_group) group = {};
     fence_async_shared();
