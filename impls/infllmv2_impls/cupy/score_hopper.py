@@ -16,11 +16,10 @@ from .score import can_pool, competing_are_visible
 
 GROUPS = (8, 16, 32)
 HEAD_DIMS = (64, 128)
-THREADS = 384
-_COLUMNS = 256
-"""Queries of a block of threads, one for each head: 128 for each of two groups of warps."""
-_BUFFERS = 2
-"""Sets of queries in shared memory."""
+WARP_GROUPS = 3
+THREADS = 128 * (WARP_GROUPS + 1)
+_COLUMNS = 128 * WARP_GROUPS
+"""Queries of a block of threads, one for each head: 128 for each group of warps."""
 _TILE = 64
 _PART = 16
 """Windows of a tile, and those of a warp."""
@@ -133,13 +132,14 @@ def kernel(
 
 def stages(group: int, head_dim: int) -> int:
     """Return how many tiles of windows are in shared memory."""
-    return 8 if head_dim == 64 else 4 if group == 8 else 5
+    return 12 if head_dim == 64 else 5 if group == 8 else 6
 
 
 def shared_bytes(group: int, head_dim: int) -> int:
     """Return the shared memory of a block of threads, as `Shared` of the kernel has it."""
     tokens, tiles = 128 // group, stages(group, head_dim)
-    operands = 2 * (_BUFFERS * _COLUMNS + tiles * _TILE) * head_dim
-    sums = 4 * 8 * tokens * (2 * _PART + 4)
-    others = 4 * (_COLUMNS + 8 * tokens) + 8 * 2 * (_BUFFERS + tiles)
+    operands = 2 * (_COLUMNS + tiles * _TILE) * head_dim
+    warps = 4 * WARP_GROUPS
+    sums = 4 * warps * tokens * (2 * _PART + 4)
+    others = 4 * (_COLUMNS + warps * tokens) + 8 * 2 * (WARP_GROUPS + tiles)
     return -(-(operands + sums + others) // 1024) * 1024

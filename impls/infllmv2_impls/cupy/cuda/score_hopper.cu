@@ -1,11 +1,10 @@
 // Stages 2 and 3 for Hopper GPUs: scores of blocks, as `score.cu` with POOLED pools them.
 //
-// Products are windows by queries: 64 windows, 128 columns. Each of two groups of four warps has
-// its own columns, the heads of TOKENS tokens, for good; both walk over the same ring of windows,
+// Products are windows by queries: 64 windows, 128 columns. Each of three groups of four warps has
+// its own columns, the heads of TOKENS tokens, for good; all walk over the same ring of windows,
 // which one thread fills. 8 columns are the same heads of neighbouring tokens, so a thread sums
-// over heads in registers. While it takes the exponentials of one tile, the next one is multiplied.
-// Blocks of threads stay, and take one set of tokens after another: the thread that loads is ahead
-// of them, by queries as well.
+// over heads in registers. While one group takes exponentials, another one multiplies. Blocks of
+// threads stay, and take one set of tokens after another.
 //
 // The windows are cut into four parts, and a warp walks over one of them, 16 windows in a tile:
 // blocks are pooled within a warp. What the last windows of a part leave to the first block of the
@@ -16,7 +15,7 @@
 #include "packing.cuh"
 #include "rings.cuh"
 
-constexpr int GROUPS = 2;
+constexpr int GROUPS = 3;
 constexpr int THREADS = 128 * (GROUPS + 1);
 constexpr int COLUMNS = 128;
 constexpr int TOKENS = COLUMNS / GROUP;           // of a group
@@ -26,7 +25,6 @@ constexpr int PANELS = D / 64;
 constexpr int QUERY_PANEL = COLUMNS * 128;        // bytes
 constexpr int QUERY_BYTES = PANELS * QUERY_PANEL;
 constexpr int TILE_BYTES = PANELS * PANEL;        // 64 windows
-constexpr int BUFFERS = 2;                        // of queries
 constexpr int PART = 16;                          // windows of a warp in a tile
 constexpr int PER = BLOCK / STRIDE;               // windows that begin in a block
 constexpr int EXTRA = SIZE / STRIDE - 1;          // windows of the block before that reach into it
@@ -37,13 +35,13 @@ constexpr int SUM_ROW = 2 * PART + 4;
 static_assert(PER <= PART && EXTRA <= PER && PART % PER == 0, "a tile has whole blocks");
 
 struct Shared {
-    alignas(1024) uint8_t queries[BUFFERS][GROUPS][QUERY_BYTES];
+    alignas(1024) uint8_t queries[GROUPS][QUERY_BYTES];
     alignas(1024) uint8_t windows[STAGES][TILE_BYTES];
     alignas(16) float sums[GROUPS * 4][TOKENS * SUM_ROW];  // of two tiles, over heads
     float norms[GROUPS][COLUMNS];
     float seams[GROUPS][4][TOKENS];
-    uint64_t queries_full[BUFFERS];
-    uint64_t queries_empty[BUFFERS];
+    uint64_t queries_full[GROUPS];
+    uint64_t queries_empty[GROUPS];
     uint64_t full[STAGES];
     uint64_t empty[STAGES];
 };
@@ -97,20 +95,21 @@ struct Work {
 
 static __device__ __forceinline__ void load(Shared& shared, const Batch& batch,
                                             const TensorMap* queries, const TensorMap* windows) {
-    Place<BUFFERS> buffer;
     Place<STAGES> stage;
     int round = 0;
+    uint32_t parity = 1;
     for (Work work = Work::next(batch, round); work.steps > 0; work = Work::next(batch, round)) {
-        barrier_wait(&shared.queries_empty[buffer.at], buffer.round ^ 1);
-        barrier_expect(&shared.queries_full[buffer.at], GROUPS * QUERY_BYTES);
-        for (int i = 0; i < GROUPS * SETS; ++i) {
-            for (int p = 0; p < PANELS; ++p)
-                copy_box(shared.queries[buffer.at][i / SETS] + p * QUERY_PANEL +
-                             i % SETS * BOX * GROUP * 128,
-                         queries, p * 64, work.start + i * BOX, work.kv_head * GROUP,
-                         &shared.queries_full[buffer.at]);
+        for (int group = 0; group < GROUPS; ++group) {
+            barrier_wait(&shared.queries_empty[group], parity);
+            barrier_expect(&shared.queries_full[group], QUERY_BYTES);
+            for (int i = 0; i < SETS; ++i) {
+                for (int p = 0; p < PANELS; ++p)
+                    copy_box(shared.queries[group] + p * QUERY_PANEL + i * BOX * GROUP * 128,
+                             queries, p * 64, work.start + (group * SETS + i) * BOX,
+                             work.kv_head * GROUP, &shared.queries_full[group]);
+            }
         }
-        buffer.advance();
+        parity ^= 1;
         for (int t = 0; t < work.steps; ++t) {
             barrier_wait(&shared.empty[stage.at], stage.round ^ 1);
             barrier_expect(&shared.full[stage.at], TILE_BYTES);
@@ -234,9 +233,9 @@ static __device__ __forceinline__ void score_windows(Shared& shared, const Batch
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int heads = batch.kv_heads * GROUP, columns = scores.columns;
     float* sums = shared.sums[group * 4 + warp];
-    Place<BUFFERS> buffer;
-    Place<STAGES> filled, freed;
-    float even[64], odd[64], norms[32];
+    Place<STAGES> stage;
+    uint32_t parity = 0;
+    float logits[64], norms[32];
     int round = 0;
     Work work = Work::next(batch, round);
     float norm = load_norm(lse.data, work, group, heads, lse.parts, lse.stride);
@@ -266,60 +265,26 @@ static __device__ __forceinline__ void score_windows(Shared& shared, const Batch
             pool.pool(sums, out + t * PART / PER, end - t * PART, begin + t * PART, here, past,
                       columns);
         };
-        auto start = [&](float (&acc)[64]) {
-            barrier_wait(&shared.full[filled.at], filled.round);
-            products_fence();
-            multiply(acc, shared.windows[filled.at], shared.queries[buffer.at][group]);
-            products_commit();
-            filled.advance();
-        };
-        auto finish = [&](float (&acc)[64]) {
-            products_done(acc);
-            release(&shared.empty[freed.at]);
-            freed.advance();
-        };
-        auto sum = [&](const float (&acc)[64], float* to) {
-            float found[SETS][4];
-            sum_heads(acc, norms, scale, found);
-            __syncwarp();  // what is there was read
-            store(found, to);
-        };
-        barrier_wait(&shared.queries_full[buffer.at], buffer.round);
-        start(even);
-        int t = 0;
-        // No product is started in a branch: ptxas would put a wait behind every one.
+        barrier_wait(&shared.queries_full[group], parity);
+        parity ^= 1;
 #pragma unroll 1
-        for (; t + 2 < steps; t += 2) {
-            start(odd);
-            products_wait<1>();
-            finish(even);
-            if (t > 0) pool_pair(t - 2);
-            sum(even, sums);
-            start(even);
-            products_wait<1>();
-            finish(odd);
-            sum(odd, sums + PART);
+        for (int t = 0; t < steps; ++t) {
+            barrier_wait(&shared.full[stage.at], stage.round);
+            products_fence();
+            multiply(logits, shared.windows[stage.at], shared.queries[group]);
+            products_commit();
+            if (t % 2 == 0 && t > 0) pool_pair(t - 2);  // while the product runs
+            products_wait<0>();
+            products_done(logits);
+            release(&shared.empty[stage.at]);
+            stage.advance();
+            float found[SETS][4];
+            sum_heads(logits, norms, scale, found);
+            store(found, sums + t % 2 * PART);
             __syncwarp();
         }
-        if (t > 0) pool_pair(t - 2);
-        if (t + 1 < steps) {
-            start(odd);
-            products_wait<1>();
-            finish(even);
-            sum(even, sums);
-            products_wait<0>();
-            finish(odd);
-            release(&shared.queries_empty[buffer.at]);
-            sum(odd, sums + PART);
-        } else {
-            products_wait<0>();
-            finish(even);
-            release(&shared.queries_empty[buffer.at]);
-            sum(even, sums);
-        }
-        buffer.advance();
-        __syncwarp();
-        pool_pair(t);
+        release(&shared.queries_empty[group]);
+        pool_pair((steps - 1) / 2 * 2);
 
         // The last block of a part that is followed by another one is that of its last step.
         const int last = (steps % 2 == 0 ? BLOCKS : BLOCKS / 2) - 1;
@@ -354,9 +319,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (shared_address(memory) % 1024 != 0) __trap();  // swizzles count from there
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
-        for (int buffer = 0; buffer < BUFFERS; ++buffer) {
-            barrier_init(&shared.queries_full[buffer], 1);
-            barrier_init(&shared.queries_empty[buffer], GROUPS * 4);
+        for (int group = 0; group < GROUPS; ++group) {
+            barrier_init(&shared.queries_full[group], 1);
+            barrier_init(&shared.queries_empty[group], 4);
         }
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1);
@@ -369,10 +334,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        slots,  kv_heads, dense_len, covered, local};
     const int group = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
     if (group == GROUPS) {
-        give_registers<24>();
+        give_registers<32>();
         if (threadIdx.x == 128 * GROUPS) load(shared, all, &queries, &windows);
     } else {
-        take_registers<240>();
+        take_registers<160>();
         score_windows(shared, all, group,
                       {lse, lse_parts, int64_t(total_q) * kv_heads * GROUP},
                       {scores, lines, columns}, scale);
