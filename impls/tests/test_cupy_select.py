@@ -18,7 +18,7 @@ from infllmv2_conformance.checks import check_values
 from infllmv2_impls.cupy import launch, score_hopper, select, topk, tuning
 from infllmv2_impls.cupy.implementation import CAPABILITIES
 from infllmv2_impls.eager import IMPLEMENTATION as EAGER
-from infllmv2_impls.packing import Lengths, Windows
+from infllmv2_impls.packing import Lengths, Lines, Windows, num_slots
 from infllmv2_reference import SparseConfig
 from infllmv2_reference.layout import cu_seqlens_of, spans
 
@@ -43,8 +43,38 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     ),
     "wide": lambda *shape: -torch.rand(shape) * 10.0 ** torch.randint(-30, 30, shape),
 }
-# Warps of a row, and scores that a lane holds: less than a row has, as well.
-TILES = [tuning.TopkTile(4, 1, 4), tuning.TopkTile(4, 4, 1), tuning.TopkTile(16, 2, 1)]
+TILES = [tuning.TopkTile(1, 4), tuning.TopkTile(4, 1), tuning.TopkTile(8, 1)]
+# Around the lengths at which a kernel works otherwise: vectors, steps, what is listed as a whole.
+LENGTHS = (
+    1, 2, 31, 32, 33, 64, 127, 128, 129, 255, 256, 257, 260, 384, 511, 513, 640, 1023, 1025, 1030,
+    1281, 1537, 2040, 2049,
+)  # fmt: skip
+WANTED = (1, 31, 32, 33, 62, 64, 65, 130, 300)
+DENORMAL = 1e-45
+ROWS: dict[str, Callable[..., Tensor]] = {
+    **SCORES,
+    "negative": lambda *shape: -1 - torch.rand(shape),
+    "equal": lambda *shape: torch.full(shape, 0.25),
+    "tied-behind": lambda *shape: torch.where(
+        torch.rand(shape) < 0.9, 0.5, torch.rand(shape)
+    ).nan_to_num(),
+    "nan": lambda *shape: torch.where(
+        torch.rand(shape) < 0.9, torch.nan * torch.randn(shape), torch.randn(shape)
+    ),
+    "some-nan": lambda *shape: torch.where(
+        torch.rand(shape) < 0.1, torch.nan * torch.randn(shape), torch.rand(shape)
+    ),
+    "denormal": lambda *shape: torch.randint(-3, 4, shape) * DENORMAL,
+    "infinite": lambda *shape: torch.where(torch.rand(shape) < 0.1, torch.inf, torch.rand(shape)),
+    "lowest": lambda *shape: torch.where(
+        torch.rand(shape) < 0.5, -torch.inf, torch.finfo(torch.float32).min
+    ),
+    "ascending": lambda *shape: torch.arange(shape[-1]).expand(shape).float(),
+    "descending": lambda *shape: -torch.arange(shape[-1]).expand(shape).float(),
+    "clustered": lambda *shape: (
+        torch.rand(shape) + 3 * (torch.arange(shape[-1]) // 50 % 7 == 2).float()
+    ),
+}
 CASES = {
     "prefill": (MODEL, 40, 3000, 16, 128),
     "decode": (MODEL, 1, 9000, 16, 128),
@@ -94,9 +124,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_any_length(
     scores: str, tile: tuning.TopkTile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Select from rows that several warps share, or that do not fit into registers."""
+    """Select from rows that one warp has, or that several share."""
 
-    def choose(_: int) -> tuning.TopkTile:
+    def choose(*_: int) -> tuning.TopkTile:
         return tile
 
     monkeypatch.setattr(topk, "topk_tile", choose)
@@ -113,6 +143,45 @@ def test_rows_of_any_length(
         config=SMALL,
     )
     assert_close(select.select_blocks(block_scores, lengths, SMALL), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("warps", "wanted"), [*((1, x) for x in WANTED), (8, 1), (8, 62), (8, 300)]
+)
+@pytest.mark.parametrize("scores", ROWS)
+def test_rows_against_a_sort(
+    scores: str, warps: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Select what a stable sort puts first, of rows that begin anywhere in a vector."""
+    tile = tuning.TopkTile(warps, 4 if warps == 1 else 1)
+
+    def choose(*_: int) -> tuning.TopkTile:
+        return tile
+
+    monkeypatch.setattr(topk, "topk_tile", choose)
+    size, local = SMALL.block_size, SMALL.local_blocks
+    lengths_of = [n + SMALL.init_blocks + local for n in LENGTHS]
+    keys = [size * n for n in lengths_of]
+    ends = cu_seqlens_of([1] * len(keys), "cpu"), cu_seqlens_of(keys, "cpu")
+    lengths = Lengths(*ends, 1, max(keys))
+    budget = wanted + SMALL.init_blocks + local
+    slots = num_slots(len(keys), len(keys), 1)
+    for columns, shift in ((max(lengths_of) + 3, 0), (max(lengths_of) + 1, 1)):
+        lines = ROWS[scores](1, len(keys), columns)
+        data = torch.full((lines.numel() + shift,), torch.inf)[shift:].view_as(lines).copy_(lines)
+        selected = torch.full((1, len(keys), budget), -2, dtype=torch.int32)
+        topk.write_selection(Lines(data, 1, slots), selected, lengths, SMALL)
+        for line, found, blocks in zip(lines[0], selected[0], lengths_of, strict=True):
+            assert found.tolist() == _sorted_choice(line, blocks, wanted, budget)
+
+
+def _sorted_choice(line: Tensor, blocks: int, wanted: int, budget: int) -> list[int]:
+    """Return the choice of a stable sort."""
+    init, last = SMALL.init_blocks, blocks - 1 - SMALL.local_blocks
+    competing = line[init : last + 1].nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    order = torch.sort(competing, descending=True, stable=True).indices[:wanted] + init
+    chosen = [*range(init), *sorted(order.tolist()), *range(last + 1, blocks)]
+    return chosen + [-1] * (budget - len(chosen))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,28 +18,30 @@ def write_selection(
     """Select by the scores of blocks, into `selected`, int32 `[HK, total_q, budget]`.
 
     Args:
-        scores: of unit stride in the last axis; only those of blocks that compete are read.
+        scores: of unit stride in the last axis; what is read around those of blocks that compete,
+            less than 16 bytes, has no effect.
         selected: contiguous.
         lengths: of the batch.
         config: block size, initial and local blocks, budget.
         dense_len: sequences of fewer keys get -1.
     """
     num_heads, total_q, budget = selected.shape
-    tile = topk_tile(lengths.most_blocks(config))
+    lines = scores.slots * scores.tile
+    tile = topk_tile(lengths.most_blocks(config), num_heads * lines)
     kernel = Kernel(
         "topk.cu",
         "topk_kernel",
         (
             ("BLOCK", config.block_size),
             ("BY_SLOT", int(scores.by_slot)),
-            ("HELD", tile.held),
+            ("TILE", scores.tile),
             ("WARPS", tile.warps),
             ("ROWS", tile.rows),
         ),
     )
     launch(
         kernel,
-        (-(-scores.slots * scores.tile // tile.rows), num_heads, 1),
+        (-(-lines // tile.rows), num_heads, 1),
         32 * tile.warps * tile.rows,
         0,
         selected,
@@ -55,7 +57,6 @@ def write_selection(
         budget,
         scores.first_slot,
         scores.slots,
-        scores.tile,
         np.int64(scores.data.stride(0)),
         np.int64(scores.data.stride(1)),
     )

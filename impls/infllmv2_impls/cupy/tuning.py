@@ -116,28 +116,23 @@ class TopkTile:
     """Size the work of one block of threads of the selection.
 
     Args:
-        held: scores that each lane keeps in registers.
         warps: warps of one row.
         rows: rows of a block of threads.
     """
 
-    held: int
     warps: int
     rows: int
 
 
-def topk_tile(blocks: int) -> TopkTile:
-    """Choose the tile of the selection, for rows of at most so many blocks.
+def topk_tile(blocks: int, rows: int) -> TopkTile:
+    """Choose the tile of the selection: one warp a row, unless a few long rows leave most idle.
 
-    Rows that do not fit into the registers of 8 warps are read from memory again and again.
+    Args:
+        blocks: the most of a row.
+        rows: of all heads and tokens.
     """
-    warps = 1
-    while warps < 8 and warps * 2048 < blocks:
-        warps *= 2
-    held = 4
-    while held < 64 and warps * 32 * held < blocks:
-        held *= 2
-    return TopkTile(held, warps, 4 if warps == 1 else 1)
+    is_few = rows <= 2 * BLOCKS_OF_THREADS and blocks > 1024
+    return TopkTile(8, 1) if is_few else TopkTile(1, 4)
 
 
 def stage_tile(max_seqlen_q: int) -> int:
