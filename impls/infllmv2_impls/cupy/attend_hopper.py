@@ -51,7 +51,8 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Attend the pieces of every tile: `out` `[total_q, HQ, D]` and `lse` `[total_q, HQ]`.
 
-    There are as many blocks of threads as multiprocessors, if there are so many tiles. Rows of `q`, `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
+    There are as many blocks of threads as multiprocessors, if there are so many tiles. Rows of `q`,
+    `k` and `v` begin at multiples of 16 bytes, and their last axis is contiguous.
     """
     total_q, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -57,6 +57,12 @@ def write_selection(
         budget,
         scores.first_slot,
         scores.slots,
+        np.int64(_extent(scores.data)),
         np.int64(scores.data.stride(0)),
         np.int64(scores.data.stride(1)),
     )
+
+
+def _extent(x: Tensor) -> int:
+    """Return how far behind the first element the last one ends."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))

@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant(
         "attend.maximum-of-first-block",
         "attend.values",
-        "The maximum of the first block stays, so that a much larger logit of a later one overflows.",
+        "The maximum of the first block stays: a much larger logit of a later one overflows.",
         "A running maximum that is raised only now and then, to save the rescaling.",
         (
             edit_tiles(STEP, "step = 1"),

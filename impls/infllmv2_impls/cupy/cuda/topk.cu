@@ -102,7 +102,7 @@ struct Bracket {
 // All of `total` blocks lie above `low`.
 template <class Blocks>
 __device__ Bracket bracket_of(const Blocks& blocks, int total) {
-    constexpr unsigned FIRST = NO_BLOCK + 1u;  // from which on NO_BLOCK is the highest number
+    constexpr unsigned FIRST = unsigned(NO_BLOCK) + 1;  // from which on NO_BLOCK is the highest number
     unsigned least = MOST - FIRST;
     int highest = NO_BLOCK;
     blocks.each([&](int order, int) {
@@ -318,12 +318,12 @@ __device__ int join_lists(int mine, int (*lists)[FEW], int* totals) {
     return total;
 }
 
-// Registers for 48 warps of a multiprocessor: what a row waits for are loads and sums over lanes.
-extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS)
+// Registers for 40 warps of a multiprocessor: what a row waits for are loads and sums over lanes.
+extern "C" __global__ void __launch_bounds__(THREADS, 1280 / THREADS)
 topk_kernel(const float* __restrict__ scores, int* __restrict__ selected,
             const int* __restrict__ ends_q, const int* __restrict__ ends_k, int batch, int total_q,
             int dense_len, int init, int local, int budget, int first_slot, int slots,
-            long long head_stride, long long line_stride) {
+            long long size, long long head_stride, long long line_stride) {
     __shared__ int lists[WARPS * ROWS][FEW];
     const int warp = threadIdx.x / 32;
     const int index = blockIdx.x * ROWS + warp / WARPS;
@@ -360,17 +360,21 @@ topk_kernel(const float* __restrict__ scores, int* __restrict__ selected,
     if (!is_choice) return;
     out += num_init;
 
+    // The first and the last vector hold up to three scores that do not compete, or lie outside of
+    // the line. A row where they lie outside of the tensor is read score by score.
+    const uint64_t first = reinterpret_cast<uint64_t>(in + init);
+    const int skipped = int(first / sizeof(float) % VECTOR);
+    const int end = skipped + competing;
+    const long long begin_at = in + init - scores - skipped;
+    const bool is_inside =
+        begin_at >= 0 && begin_at + (end + VECTOR - 1) / VECTOR * VECTOR <= size;
+
     int* const list = lists[warp];
     int total = competing;
-    if (competing > FEW && wanted <= FEW) {
-        // The first vector begins with up to three scores that do not compete, or lie in front of
-        // the line; no vector is read unless it has one that competes.
-        const uint64_t first = reinterpret_cast<uint64_t>(in + init);
-        const int skipped = int(first / sizeof(float) % VECTOR);
-        const int end = skipped + competing;
+    if (competing > FEW && wanted <= FEW && is_inside) {
         const int each = ((end + WARPS - 1) / WARPS + STEP - 1) / STEP * STEP;
         const int begin = warp % WARPS * each;
-        const Part part = {reinterpret_cast<const float*>(first - skipped * sizeof(float)),
+        const Part part = {scores + begin_at,
                            begin > 0 ? begin : skipped,
                            begin + each < end ? begin + each : end};
         float tops[TOPS];
