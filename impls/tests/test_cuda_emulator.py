@@ -19,7 +19,7 @@ import cuda_emulator
 
 SAMPLES = str(Path(cuda_emulator.__file__).parent / "samples.cu")
 HOPPER_SAMPLES = str(Path(cuda_emulator.__file__).parent / "samples_hopper.cu")
-ORDERS = ("1", "-1", "7")
+ORDERS = ("1", "-1", "7", "8")
 DTYPES = (torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.skipif(

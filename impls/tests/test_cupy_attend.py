@@ -163,7 +163,7 @@ def test_within_bounds(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -
     assert_same(problem, problem.attend(selected), selected)
 
 
-@pytest.mark.parametrize("order", ["1", "-1", "7"])
+@pytest.mark.parametrize("order", ["1", "-1", "7", "8"])
 @pytest.mark.parametrize("name", HOPPER_PROBLEMS)
 def test_within_bounds_on_hopper(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFLLMV2_EMULATOR_ORDER", order)
@@ -172,11 +172,11 @@ def test_within_bounds_on_hopper(name: str, order: str, monkeypatch: pytest.Monk
     assert_same(problem, problem.attend(selected, kernels="hopper"), selected)
 
 
-@pytest.mark.parametrize("order", ["1", "-1", "7"])
+@pytest.mark.parametrize("order", ["1", "-1", "7", "8"])
 def test_groups_on_hopper_may_be_far_apart(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFLLMV2_EMULATOR_ORDER", order)
     problem = Problem(((12, 1608),), head_dim=128, block_size=64)  # one tile
-    rows = [[0, 12, 25]] * 4 + [[*range(1, 26, 2)]] * 4 + [[*range(26)]] * 4
+    rows = [[1, 14, 19, 25]] * 4 + [[*range(1, 26, 2)]] * 4 + [[*range(26)]] * 4
     for first in (0, 4, 8):
         turned = rows[first:] + rows[:first]
         selected = torch.tensor([[row + [-1] * (26 - len(row)) for row in turned]])

@@ -105,7 +105,8 @@ inline Barrier barriers[BARRIERS];
 inline Asynchronous asynchronous{};
 inline Fiber* current = nullptr;
 inline int num_threads = 0, num_done = 0, step = 1;
-inline unsigned pace = 0;  // a random state, or 0 for threads that run in order
+inline unsigned pace = 0;   // a random state, or 0 for threads that run in order
+inline bool eager = false;  // whether what is asynchronous may be early
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
 inline void (*body)() = nullptr;
@@ -166,9 +167,9 @@ inline int draw(int n) {
 // Go on with the next fiber that can run, or with the host.
 inline void yield() {
     Fiber* me = current;
-    if (pace && num_done < num_threads && asynchronous.advance && !draw(4096)) asynchronous.advance();
+    if (eager && num_done < num_threads && asynchronous.advance && !draw(64)) asynchronous.advance();
     do {
-        const int from = pace ? draw(num_threads) : me->index;
+        const int from = pace && !draw(32) ? draw(num_threads) : me->index;
         for (int i = 1; i <= num_threads; ++i) {
             int next = from + step * i;
             next += next < 0 ? num_threads : 0;
@@ -513,7 +514,7 @@ inline void run_block() {
     for (int i = 0; i < num_threads; ++i) start_fiber(i);
     for (auto& pending : collectives) pending.clear();
     if (asynchronous.begin) asynchronous.begin();
-    current = &fibers[step > 0 ? 0 : num_threads - 1];
+    current = &fibers[pace ? draw(num_threads) : step > 0 ? 0 : num_threads - 1];
     emulator_switch(&scheduler, current->stack_pointer);
     current = nullptr;
     for (size_t i = 0; i < RED_ZONE && !failed; ++i) {
@@ -533,6 +534,7 @@ inline const char* run(const unsigned* grid, int threads, size_t bytes, int orde
     shared_bytes = bytes;
     step = order < 0 ? -1 : 1;
     pace = std::abs(order) > 1 ? std::abs(order) : 0;
+    eager = pace % 2;
     failed = false;
     if (threads < 1 || threads > MOST_THREADS) return "a block has 1 to 1024 threads";
     if (bytes > MOST_SHARED) return "a block cannot have so much dynamic shared memory";

@@ -1,7 +1,7 @@
 // What `hopper.cuh` needs, on a CPU: barriers with phases, the copy engine, asynchronous products.
 //
 // All that is asynchronous is as late as it can be. A copy lands when no thread can go on without
-// it (at a random pace of threads: at any time). A product ends at the wait for it, and there a warp
+// it (for odd seeds of a random order: at any time). A product ends at the wait for it, and there a warp
 // stalls until no other thread can go on, either. Until then targets are NaN. What a product reads
 // must be there when it starts and stay as it is until the last warp has waited.
 #pragma once
@@ -616,7 +616,11 @@ inline bool wake_next() {
     return true;
 }
 
-inline bool advance() { return land_next() || wake_next(); }
+// Copies are the first, or products, or either at a random pace.
+inline bool advance() {
+    const bool copies = pace ? draw(2) : step > 0;
+    return copies ? land_next() || wake_next() : wake_next() || land_next();
+}
 
 // ---- registers ----
 
