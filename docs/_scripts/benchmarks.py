@@ -108,26 +108,31 @@ def fill_in(text: str, page: Path) -> str:
     return PLACE.sub(body, text)
 
 
-def headline(paths: list[Path], page: Path) -> list[str]:
-    """Return the whole forward against dense attention, and its plot, as GitHub shows them."""
+def forward(paths: list[Path], page: Path) -> list[str]:
+    """Return the whole forward against dense attention."""
+    del page
     data = load(paths[0])
-    folder = relative(folder_of(paths[0]), page)
     rows = whole(data, "forward")
     who = list(dict.fromkeys(name for _, name in rows))
     lengths = sorted({length for length, _ in rows})
-    lines = table(
+    return table(
         ["tokens", *who],
         [[short(n), *(cell(rows.get((n, name))) for name in who)] for n in lengths],
     )
+
+
+def headline(paths: list[Path], page: Path) -> list[str]:
+    """Return the whole forward against dense attention, and its plot, as GitHub shows them."""
+    folder = relative(folder_of(paths[0]), page)
     return [
-        *lines,
+        *forward(paths, page),
         "",
         "<picture>",
         f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/latency-dark.svg">',
         f'  <img alt="Time over length, beside dense attention" src="{folder}/latency-light.svg">',
         "</picture>",
         "",
-        f"{machine_text(data)}",
+        machine_text(load(paths[0])),
     ]
 
 
@@ -294,6 +299,7 @@ def table(titles: list[str], rows: list[list[str]]) -> list[str]:
 
 KINDS: dict[str, Callable[[list[Path], Path], list[str]]] = {
     "headline": headline,
+    "forward": forward,
     "figures": figures,
     "noise": noise,
     "summary": summary,
