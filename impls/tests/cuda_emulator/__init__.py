@@ -29,7 +29,7 @@ from infllmv2_impls.cupy.compiling import CUDA, Kernel
 
 HERE = Path(__file__).parent
 FLAGS = (
-    "-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-w",
+    "-std=c++20", "-O1", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-w",
     "-fno-strict-aliasing", "-fcf-protection=none", "-fno-ipa-reference", "-fno-stack-protector",
 )  # fmt: skip
 KINDS: dict[np.dtype[Any], str] = {
