@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +81,18 @@ def measure(name: str, length: int, device: torch.device, rule: str) -> dict[str
         "checker_s": seconds - candidate.seconds,
         "checker_cpu_s": cpu_seconds - candidate.cpu_seconds,
         **costs,
-        "process_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "process_peak_gb": _resident_peak() / 1e9,
     }
+
+
+def _resident_peak() -> int:
+    """Return the most bytes that this program was resident with.
+
+    `ru_maxrss` would begin with what the parent was resident with as it started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kilobytes) << 10
 
 
 def _allocated() -> int:

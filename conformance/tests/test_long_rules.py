@@ -183,15 +183,12 @@ def test_no_other_run_has_long_rules(write_fake, infllmv2, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rows(environment):
-    """All 230 rows at once would take 6 GB for scores of 4095 windows and 32 heads.
-
-    What the process has otherwise depends on the allocator: 0.7 to 1.25 GB were seen.
-    """
+    """All 230 rows at once would take 6 GB for scores of 4095 windows and 32 heads."""
     script = Path(__file__).parent / "measure_long.py"
     command = [sys.executable, str(script), "eager", "65536", "--rule", "long.block-scores"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     costs = json.loads(done.stdout)
     assert costs["cases"] == 2
-    assert 0.2 < costs["process_peak_gb"] < 2
+    assert 0.2 < costs["process_peak_gb"] < 1.2
     assert costs["checker_s"] > 0
     assert costs["implementation_s"] > 0
